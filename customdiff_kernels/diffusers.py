@@ -1,0 +1,272 @@
+"""Cross-attention processors for a diffusers UNet: the only file that knows diffusers.
+
+``patch_unet`` puts one on every cross-attention of a ``UNet2DConditionModel`` (SD 1.x, 2.x, SDXL, or smaller). Weights,
+parameter names and ``state_dict`` stay as they are, so any trainer or pipeline goes on working; what changes is which
+code runs between ``to_q`` and ``to_out``. Keys and values that were computed before the call, once a prompt for all
+layers and steps, are handed over as ``cross_attention_kwargs={"kv": {module name: (key, value)}}``.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cross_attention.api import cross_attention
+from .kv_projection.api import kv_cross_attention, kv_project
+from .layout import LayoutBias
+
+# What stands on a cross-attention and computes plain softmax attention, so that ours may take its place.
+_REPLACEABLE = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+)
+# The same with trainable projections of their own, which ours go on using.
+_CUSTOM_DIFFUSION = (
+    "CustomDiffusionAttnProcessor",
+    "CustomDiffusionAttnProcessor2_0",
+    "CustomDiffusionXFormersAttnProcessor",
+)
+
+
+class CrossAttnProcessor:
+    """Softmax cross-attention through ``kv_cross_attention`` (W_q and W_out plain and frozen) or ``cross_attention``.
+
+    Called by diffusers' ``Attention`` with hidden (B,N,C) or (B,C,H,W) and the text (B,S,E); returns hidden's shape.
+    ``attention_mask``: additive or boolean, (B,S), (B,1|N,S) or (B·heads,1|N,S). ``kv``: the keys and values, each
+    (B,S,inner), of every module by name; the module's own ``to_k``/``to_v`` are not called then. ``bias``: a LayoutBias
+    or a dense (B,H,N,S)-broadcastable tensor, or a mapping of these by number of image tokens N. ``scale`` is what LoRA
+    layers read elsewhere; it does not touch the scores. Scores and softmax are float32 inside whatever the dtype, so
+    ``upcast_attention`` and ``upcast_softmax`` ask for nothing more.
+    """
+
+    def __init__(self, name: str, previous: object):
+        self.name, self.previous = name, previous
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        scale: float = 1.0,
+        kv: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        bias: LayoutBias | Tensor | Mapping[int, LayoutBias | Tensor] | None = None,
+    ) -> Tensor:
+        residual, hidden = hidden_states, hidden_states
+        if attn.spatial_norm is not None:
+            hidden = attn.spatial_norm(hidden, temb)
+        if hidden.ndim == 4:
+            hidden = hidden.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden = attn.group_norm(hidden.transpose(1, 2)).transpose(1, 2)
+
+        key, value = self._key_value(attn, hidden, encoder_hidden_states, kv)
+        total_bias = _total_bias(attention_mask, bias, hidden.shape[0], hidden.shape[1], attn.heads)
+        to_q, to_out, dropout = self._query_out(attn)
+        hidden = dropout(_attend(attn, hidden, key, value, to_q, to_out, total_bias))
+
+        if residual.ndim == 4:
+            hidden = hidden.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            hidden = hidden + residual
+        return hidden if attn.rescale_output_factor == 1 else hidden / attn.rescale_output_factor
+
+    def _key_value(self, attn, hidden, context, kv):
+        if kv is not None:
+            if self.name not in kv:
+                raise ValueError(
+                    f"kv has no entry for {self.name!r}; it has {sorted(kv)[:3]} ... ({len(kv)}): "
+                    "pass KVStack.views(...) of this UNet"
+                )
+            key, value = kv[self.name]
+        else:
+            if context is None:
+                context = hidden
+            elif attn.norm_cross is not None:
+                context = attn.norm_encoder_hidden_states(context)
+            key, value = self._project(attn, context)
+        return key.to(hidden.dtype), value.to(hidden.dtype)
+
+    def _project(self, attn, context):
+        return attn.to_k(context), attn.to_v(context)
+
+    def _query_out(self, attn):
+        return attn.to_q, attn.to_out[0], attn.to_out[1]
+
+
+class _CustomDiffusion(CrossAttnProcessor):
+    """Mixed into diffusers' own Custom Diffusion classes: their ``to_*_custom_diffusion``, our arithmetic."""
+
+    def _project(self, attn, context):
+        # the start token is frozen: neither the weights nor the text get a gradient from it
+        if not self.train_kv:
+            key, value = super()._project(attn, context)
+            return tuple(torch.cat([x[:, :1].detach(), x[:, 1:]], dim=1) for x in (key, value))
+        weights = self.to_k_custom_diffusion.weight, self.to_v_custom_diffusion.weight
+        dtype = _autocast_dtype(context) or weights[0].dtype
+        return tuple(kv_project(context.to(dtype), weight.to(dtype), frozen_tokens=1) for weight in weights)
+
+    def _query_out(self, attn):
+        if not self.train_q_out:
+            return super()._query_out(attn)
+        return self.to_q_custom_diffusion, *self.to_out_custom_diffusion
+
+
+def patch_unet(unet: nn.Module) -> list[str]:
+    """Run the cross-attention of a diffusers UNet through this library; returns the names of the modules it now does.
+
+    A frozen UNet (K/V-only training, or no gradient at all) takes ``kv_cross_attention``, which saves hidden, keys and
+    values only; a module whose ``to_q`` or ``to_out`` trains or is wrapped (LoRA) takes ``cross_attention`` between
+    them. Where diffusers' ``CustomDiffusionAttnProcessor`` stands, the new one is an instance of that same class and
+    holds the same parameters. Self-attention is left alone. Calling it twice changes nothing. ``unpatch_unet`` undoes.
+
+    Raises ValueError if there is no cross-attention to patch, or if a processor stands there that does more than
+    softmax attention (an IP-Adapter's, say), which ours would silently drop; nothing is changed then.
+    """
+    ours: dict[str, CrossAttnProcessor] = {}
+    for name, attn in _cross_attentions(unet).items():
+        previous = attn.processor
+        if isinstance(previous, CrossAttnProcessor):
+            ours[name] = previous
+        elif type(previous).__name__ in _CUSTOM_DIFFUSION:
+            ours[name] = _take_over(name, previous)
+        elif type(previous).__name__ in _REPLACEABLE:
+            ours[name] = CrossAttnProcessor(name, previous)
+        else:
+            raise ValueError(
+                f"unet: {name} has the processor {type(previous).__name__}, which does more than softmax attention; "
+                "remove it first (unload the adapter that set it, or unet.set_default_attn_processor())"
+            )
+    if not ours:
+        raise ValueError(
+            f"unet: found no text cross-attention (a diffusers Attention called attn2) in {type(unet).__name__}; "
+            "pass a UNet2DConditionModel, such as pipeline.unet"
+        )
+    for name, attn in _attentions(unet).items():
+        if name in ours:
+            attn.set_processor(ours[name])
+        elif _drop_our_arguments not in attn._forward_pre_hooks.values():
+            attn.register_forward_pre_hook(_drop_our_arguments, with_kwargs=True)
+    return list(ours)
+
+
+def unpatch_unet(unet: nn.Module) -> list[str]:
+    """Put back the processors that stood before ``patch_unet``, the very objects; returns the names of the modules."""
+    restored = []
+    for name, attn in _attentions(unet).items():
+        for key, hook in list(attn._forward_pre_hooks.items()):
+            if hook is _drop_our_arguments:
+                del attn._forward_pre_hooks[key]
+                attn._forward_pre_hooks_with_kwargs.pop(key, None)
+        if isinstance(attn.processor, CrossAttnProcessor):
+            attn.set_processor(attn.processor.previous)
+            restored.append(name)
+    return restored
+
+
+@contextmanager
+def patched(unet: nn.Module) -> Iterator[list[str]]:
+    """``patch_unet`` for the length of a ``with`` block; a UNet that was patched before stays so after."""
+    before = any(isinstance(attn.processor, CrossAttnProcessor) for attn in _attentions(unet).values())
+    try:
+        yield patch_unet(unet)
+    finally:
+        if not before:
+            unpatch_unet(unet)
+
+
+def _attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    if not isinstance(unet, nn.Module):
+        raise TypeError(f"unet must be a UNet2DConditionModel, not {type(unet).__name__} (a pipeline has it as .unet)")
+    from diffusers.models.attention_processor import Attention
+
+    return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
+
+
+def _cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose K/V a Custom Diffusion delta changes: ``attn2`` of every transformer block."""
+    return {
+        name: attn
+        for name, attn in _attentions(unet).items()
+        if name.rpartition(".")[2] == "attn2" and attn.is_cross_attention and attn.added_kv_proj_dim is None
+    }
+
+
+def _drop_our_arguments(attn: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    # diffusers hands cross_attention_kwargs to self-attention too, which would warn about them at every call
+    return args, {k: v for k, v in kwargs.items() if k not in ("kv", "bias")}
+
+
+@lru_cache
+def _kernel_class(cls: type) -> type:
+    return type(f"Kernel{cls.__name__}", (_CustomDiffusion, cls), {"__doc__": _CustomDiffusion.__doc__})
+
+
+def _take_over(name: str, previous: nn.Module) -> CrossAttnProcessor:
+    processor = copy.copy(previous)  # shallow: the same parameter and module dictionaries, so they stay shared
+    processor.__class__ = _kernel_class(type(previous))
+    vars(processor).update(name=name, previous=previous)  # not through nn.Module, which would register a submodule
+    return processor
+
+
+def _attend(attn, hidden, key, value, to_q, to_out, bias):
+    if _is_frozen(to_q) and to_q.bias is None and _is_frozen(to_out) and attn.norm_q is None and attn.norm_k is None:
+        tensors = hidden.contiguous(), key, value, to_q.weight.detach(), to_out.weight.detach()
+        b_out = None if to_out.bias is None else to_out.bias.detach()
+        if dtype := _autocast_dtype(hidden):
+            tensors = tuple(x.to(dtype) for x in tensors)
+            b_out = None if b_out is None else b_out.to(dtype)
+        return kv_cross_attention(*tensors, b_out, heads=attn.heads, bias=bias, scale=attn.scale)
+
+    query = to_q(hidden)
+    query, key, value = (
+        x.to(query.dtype).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)
+    )
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    out = cross_attention(query, key, value, bias=bias, scale=attn.scale)
+    return to_out(out.transpose(1, 2).flatten(2))
+
+
+def _is_frozen(linear: nn.Module) -> bool:
+    """Whether the weight may be used in place of the call: a plain Linear (no LoRA, no hook) that needs no gradient."""
+    if type(linear) is not nn.Linear or "forward" in vars(linear):
+        return False
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+        return False
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in linear.parameters(recurse=False)))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _total_bias(mask, bias, batch: int, n_image: int, heads: int):
+    if isinstance(bias, Mapping):
+        if n_image not in bias:
+            raise ValueError(f"bias has no entry for {n_image} image tokens; it has {sorted(bias)}")
+        bias = bias[n_image]
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
+    if mask.ndim == 2:
+        mask = mask.unsqueeze(1)
+    mask = mask.unflatten(0, (batch, heads)) if mask.shape[0] == batch * heads != batch else mask.unsqueeze(1)
+    if bias is None:
+        return mask
+    return mask + (bias if isinstance(bias, Tensor) else bias.dense())
