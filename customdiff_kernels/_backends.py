@@ -1,0 +1,111 @@
+"""The one place that decides which backend runs an attention, and says why.
+
+| backend | module | runs |
+|---|---|---|
+| ``cpu`` | ``_native`` (compiled, ``csrc/cpu``) | CPU tensors |
+| ``triton`` | ``cross_attention/triton.py`` | CUDA tensors; CPU tensors under ``TRITON_INTERPRET=1`` when forced |
+| ``reference`` | ``cross_attention/reference.py`` | anything, when forced |
+
+``CK_BACKEND=reference|cpu|triton`` forces one. There is no fallback: a backend that cannot run is an error that names
+the remedy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+NAMES = ("reference", "cpu", "triton")
+BUILD = "pip install --no-build-isolation -e . in the source folder (or pip install . for a copy)"
+
+
+class Choice(NamedTuple):
+    name: str
+    reason: str
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend for tensors of this device and dtype, and the reason. Raises RuntimeError where none can run."""
+    forced = os.environ.get("CK_BACKEND")
+    if forced:
+        if forced not in NAMES:
+            raise ValueError(f"CK_BACKEND must be one of {', '.join(NAMES)}, got {forced!r}")
+        refusal = refuses(forced, device, dtype)
+        if refusal:
+            raise RuntimeError(f"CK_BACKEND={forced} cannot run: {refusal}")
+        return Choice(forced, "CK_BACKEND forces it")
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+    if name is None:
+        raise RuntimeError(f"no backend for {device.type} tensors; CK_BACKEND=reference runs plain PyTorch")
+    refusal = refuses(name, device, dtype)
+    if refusal:
+        raise RuntimeError(f"backend {name} ({device.type} tensors) cannot run: {refusal}")
+    return Choice(name, f"{device.type} tensors, {str(dtype).removeprefix('torch.')}")
+
+
+def refuses(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why backend ``name`` cannot run such tensors and what would help; None if it can."""
+    if name == "cpu":
+        if device.type != "cpu":
+            return f"it takes CPU tensors, got {device.type}"
+        return None if is_built() else f"the native library is not built; {BUILD}"
+    if name == "triton":
+        interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type != "cuda" and not interpreted:
+            return f"it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1), got {device.type}"
+        if dtype is torch.float64:
+            return "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
+        return None if has_triton() else "triton is not installed; pip install triton"
+    return None
+
+
+@cache
+def is_built() -> bool:
+    """Whether the compiled module lies beside this file."""
+    return importlib.util.find_spec("customdiff_kernels._C") is not None
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend: ``attention_forward``, ``attention_backward`` and ``score_moments``."""
+    if name == "cpu":
+        from . import _native
+
+        return _native
+    if name == "triton":
+        from .cross_attention import triton
+
+        return triton
+    from .cross_attention import reference
+
+    return reference
+
+
+def for_tensor(tensor: torch.Tensor) -> ModuleType:
+    """The module of the chosen backend for ``tensor``'s device and dtype."""
+    return load(choose(tensor.device, tensor.dtype).name)
+
+
+def explain(tensor: torch.Tensor | torch.device | str = "cpu", dtype: torch.dtype | None = None) -> str:
+    """Which backend would run an attention on such tensors, and why; or why none can.
+
+    ``tensor``: an example query, or a device with an optional ``dtype`` (default float32).
+    """
+    if isinstance(tensor, torch.Tensor):
+        device, dtype = tensor.device, dtype or tensor.dtype
+    else:
+        device, dtype = torch.device(tensor), dtype or torch.float32
+    try:
+        name, reason = choose(device, dtype)
+    except (RuntimeError, ValueError) as refusal:
+        return f"none: {refusal}"
+    return f"{name}: {reason}"

@@ -1,0 +1,110 @@
+"""Argument checks that the operations share. Every message names the argument, what came and what would do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def floating(name: str, value: Tensor, *allowed: torch.dtype) -> None:
+    """``value`` has a floating dtype, or one of ``allowed`` where given."""
+    allowed = allowed or FLOATING
+    if value.dtype not in allowed:
+        names = ", ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in allowed))
+        raise TypeError(f"{name} must be {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def rank(name: str, value: Tensor, dims: str) -> None:
+    """``value`` has as many dimensions as ``dims`` names, e.g. ``"B,H,N,D"``."""
+    if value.dim() != dims.count(",") + 1:
+        raise ValueError(f"{name} must have shape ({dims}), got {tuple(value.shape)}")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected} {why}, got {tuple(value.shape)}")
+
+
+def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    if value.device != reference.device:
+        raise ValueError(f"{name} is on {value.device} and {reference_name} on {reference.device}: move one of them")
+
+
+def like(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    """``value`` has the shape, dtype and device of ``reference``."""
+    floating(name, value, reference.dtype)
+    shape(name, value, tuple(reference.shape), f"as {reference_name}")
+    same_device(name, value, reference_name, reference)
+
+
+def contiguous_rows(name: str, value: Tensor) -> None:
+    """The last dimension has stride 1. All others may have any stride, 0 (expanded) included."""
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got shape {tuple(value.shape)} with strides "
+            f"{value.stride()}; call {name}.contiguous() (it is not copied behind your back)"
+        )
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, labels: Tensor | None, table: Tensor | None
+) -> None:
+    """Everything that ``cross_attention`` relies on: query (B,H,N,D), key and value (B,H,S,D), a bias as below."""
+    scores(query, key)
+    like("value", value, "key", key)
+    contiguous_rows("value", value)
+    attention_bias(query, (*query.shape[:3], key.shape[2]), bias, labels, table)
+
+
+def scores(query: Tensor, key: Tensor) -> None:
+    """query (B,H,N,D) floating, key (B,H,S,D) of the same dtype and device, both contiguous in D."""
+    rank("query", query, "B,H,N,D")
+    floating("query", query)
+    rank("key", key, "B,H,S,D")
+    floating("key", key, query.dtype)
+    batch, heads, _, dim = query.shape
+    shape("key", key, (batch, heads, key.shape[2], dim), "(B,H,S,D) to go with query")
+    same_device("key", key, "query", query)
+    contiguous_rows("query", query)
+    contiguous_rows("key", key)
+
+
+def attention_bias(
+    query: Tensor, scores: tuple[int, int, int, int], bias: Tensor | None, labels: Tensor | None, table: Tensor | None
+) -> None:
+    """A dense ``bias`` broadcastable to ``scores`` (B,H,N,S), or ``labels`` (B|1,N) with ``table`` (B|1,regions,S)."""
+    batch, _, n, s = scores
+    if (labels is None) != (table is None):
+        raise ValueError("labels and table come together (a LayoutBias), got only one of them")
+    if bias is not None:
+        if labels is not None:
+            raise ValueError("bias is either dense or a layout (labels and table), got both")
+        floating("bias", bias, query.dtype, sum_dtype(query.dtype))
+        same_device("bias", bias, "query", query)
+        if bias.dim() != 4 or any(b != 1 and b != full for b, full in zip(bias.shape, scores, strict=True)):
+            raise ValueError(f"bias must be broadcastable to (B,H,N,S) = {scores}, got {tuple(bias.shape)}")
+        contiguous_rows("bias", bias)
+    if labels is not None and table is not None:
+        if labels.dtype is not torch.int32:
+            raise TypeError(f"labels must be int32, got {str(labels.dtype).removeprefix('torch.')}")
+        floating("table", table, query.dtype, sum_dtype(query.dtype))
+        same_device("labels", labels, "query", query)
+        same_device("table", table, "query", query)
+        if labels.dim() != 2 or labels.shape[0] not in (1, batch) or labels.shape[1] != n:
+            raise ValueError(f"labels must have shape ({batch} or 1, {n}) (B|1,N), got {tuple(labels.shape)}")
+        if table.dim() != 3 or table.shape[0] not in (1, batch) or table.shape[2] != s:
+            raise ValueError(f"table must have shape ({batch} or 1, regions, {s}) (B|1,regions,S), got {tuple(table.shape)}")
+        contiguous_rows("labels", labels)
+        contiguous_rows("table", table)
