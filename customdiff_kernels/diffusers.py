@@ -1,9 +1,10 @@
 """Cross-attention processors for a diffusers UNet: the only file that knows diffusers.
 
-``patch_unet`` puts one on every cross-attention of a ``UNet2DConditionModel`` (SD 1.x, 2.x, SDXL, or smaller). Weights,
-parameter names and ``state_dict`` stay as they are, so any trainer or pipeline goes on working; what changes is which
-code runs between ``to_q`` and ``to_out``. Keys and values that were computed before the call, once a prompt for all
-layers and steps, are handed over as ``cross_attention_kwargs={"kv": {module name: (key, value)}}``.
+``patch_unet`` puts one on every cross-attention of a ``UNet2DConditionModel`` (SD 1.x, 2.x, SDXL, or
+smaller). Weights, parameter names and ``state_dict`` stay as they are, so any trainer or pipeline goes on
+working; what changes is which code runs between ``to_q`` and ``to_out``. Keys and values that were computed
+before the call, once a prompt for all layers and steps, are handed over as ``cross_attention_kwargs={"kv":
+{module name: (key, value)}}``.
 """
 
 import copy
@@ -38,14 +39,16 @@ _CUSTOM_DIFFUSION = (
 
 
 class CrossAttnProcessor:
-    """Softmax cross-attention through ``kv_cross_attention`` (W_q and W_out plain and frozen) or ``cross_attention``.
+    """Softmax cross-attention through ``kv_cross_attention`` (W_q and W_out plain and frozen) or
+    ``cross_attention``.
 
-    Called by diffusers' ``Attention`` with hidden (B,N,C) or (B,C,H,W) and the text (B,S,E); returns hidden's shape.
-    ``attention_mask``: additive or boolean, (B,S), (B,1|N,S) or (B·heads,1|N,S). ``kv``: the keys and values, each
-    (B,S,inner), of every module by name; the module's own ``to_k``/``to_v`` are not called then. ``bias``: a LayoutBias
-    or a dense (B,H,N,S)-broadcastable tensor, or a mapping of these by number of image tokens N. ``scale`` is what LoRA
-    layers read elsewhere; it does not touch the scores. Scores and softmax are float32 inside whatever the dtype, so
-    ``upcast_attention`` and ``upcast_softmax`` ask for nothing more.
+    Called by diffusers' ``Attention`` with hidden (B,N,C) or (B,C,H,W) and the text (B,S,E); returns hidden's
+    shape. ``attention_mask``: additive or boolean, (B,S), (B,1|N,S) or (B·heads,1|N,S). ``kv``: the keys and
+    values, each (B,S,inner), of every module by name; the module's own ``to_k``/``to_v`` are not called then.
+    ``bias``: a LayoutBias or a dense (B,H,N,S)-broadcastable tensor, or a mapping of these by number of image
+    tokens N. ``scale`` is what LoRA layers read elsewhere; it does not touch the scores. Scores and softmax
+    are float32 inside whatever the dtype, so ``upcast_attention`` and ``upcast_softmax`` ask for nothing
+    more.
     """
 
     def __init__(self, name: str, previous: object):
@@ -123,15 +126,16 @@ class _CustomDiffusion(CrossAttnProcessor):
 
 
 def patch_unet(unet: nn.Module) -> list[str]:
-    """Run the cross-attention of a diffusers UNet through this library; returns the names of the modules it now does.
+    """Run a diffusers UNet's cross-attention through this library; returns the names of its modules.
 
-    A frozen UNet (K/V-only training, or no gradient at all) takes ``kv_cross_attention``, which saves hidden, keys and
-    values only; a module whose ``to_q`` or ``to_out`` trains or is wrapped (LoRA) takes ``cross_attention`` between
-    them. Where diffusers' ``CustomDiffusionAttnProcessor`` stands, the new one is an instance of that same class and
-    holds the same parameters. Self-attention is left alone. Calling it twice changes nothing. ``unpatch_unet`` undoes.
+    A frozen UNet (K/V-only training, or no gradient at all) takes ``kv_cross_attention``, which saves hidden,
+    keys and values only; a module whose ``to_q`` or ``to_out`` trains or is wrapped (LoRA) takes
+    ``cross_attention`` between them. Where diffusers' ``CustomDiffusionAttnProcessor`` stands, the new one is
+    an instance of that same class and holds the same parameters. Self-attention is left alone. Calling it
+    twice changes nothing. ``unpatch_unet`` undoes.
 
-    Raises ValueError if there is no cross-attention to patch, or if a processor stands there that does more than
-    softmax attention (an IP-Adapter's, say), which ours would silently drop; nothing is changed then.
+    Raises ValueError if there is no cross-attention to patch, or if a processor stands there that does more
+    than softmax attention (an IP-Adapter's, say), which ours would silently drop; nothing is changed then.
     """
     ours: dict[str, CrossAttnProcessor] = {}
     for name, attn in _cross_attentions(unet).items():
@@ -144,13 +148,13 @@ def patch_unet(unet: nn.Module) -> list[str]:
             ours[name] = CrossAttnProcessor(name, previous)
         else:
             raise ValueError(
-                f"unet: {name} has the processor {type(previous).__name__}, which does more than softmax attention; "
-                "remove it first (unload the adapter that set it, or unet.set_default_attn_processor())"
+                f"unet: {name} has the processor {type(previous).__name__}, which does more than softmax "
+                "attention; remove it first (unload its adapter, or call unet.set_default_attn_processor())"
             )
     if not ours:
         raise ValueError(
-            f"unet: found no text cross-attention (a diffusers Attention called attn2) in {type(unet).__name__}; "
-            "pass a UNet2DConditionModel, such as pipeline.unet"
+            f"unet: found no text cross-attention (a diffusers Attention called attn2) "
+            f"in {type(unet).__name__}; pass a UNet2DConditionModel, such as pipeline.unet"
         )
     for name, attn in _attentions(unet).items():
         if name in ours:
@@ -161,7 +165,7 @@ def patch_unet(unet: nn.Module) -> list[str]:
 
 
 def unpatch_unet(unet: nn.Module) -> list[str]:
-    """Put back the processors that stood before ``patch_unet``, the very objects; returns the names of the modules."""
+    """Put back the very processors that stood before ``patch_unet``; returns the names of their modules."""
     restored = []
     for name, attn in _attentions(unet).items():
         for key, hook in list(attn._forward_pre_hooks.items()):
@@ -187,7 +191,9 @@ def patched(unet: nn.Module) -> Iterator[list[str]]:
 
 def _attentions(unet: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(unet, nn.Module):
-        raise TypeError(f"unet must be a UNet2DConditionModel, not {type(unet).__name__} (a pipeline has it as .unet)")
+        raise TypeError(
+            f"unet must be a UNet2DConditionModel, not {type(unet).__name__} (a pipeline has it as .unet)"
+        )
     from diffusers.models.attention_processor import Attention
 
     return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
@@ -213,14 +219,15 @@ def _kernel_class(cls: type) -> type:
 
 
 def _take_over(name: str, previous: nn.Module) -> CrossAttnProcessor:
-    processor = copy.copy(previous)  # shallow: the same parameter and module dictionaries, so they stay shared
+    processor = copy.copy(previous)  # shallow: parameters and modules stay shared
     processor.__class__ = _kernel_class(type(previous))
-    vars(processor).update(name=name, previous=previous)  # not through nn.Module, which would register a submodule
+    vars(processor).update(name=name, previous=previous)  # nn.Module.__setattr__ would register a submodule
     return processor
 
 
 def _attend(attn, hidden, key, value, to_q, to_out, bias):
-    if _is_frozen(to_q) and to_q.bias is None and _is_frozen(to_out) and attn.norm_q is None and attn.norm_k is None:
+    normed = attn.norm_q is not None or attn.norm_k is not None
+    if _is_frozen(to_q) and _is_frozen(to_out) and to_q.bias is None and not normed:
         tensors = hidden.contiguous(), key, value, to_q.weight.detach(), to_out.weight.detach()
         b_out = None if to_out.bias is None else to_out.bias.detach()
         if dtype := _autocast_dtype(hidden):
@@ -241,7 +248,7 @@ def _attend(attn, hidden, key, value, to_q, to_out, bias):
 
 
 def _is_frozen(linear: nn.Module) -> bool:
-    """Whether the weight may be used in place of the call: a plain Linear (no LoRA, no hook) that needs no gradient."""
+    """Whether its weight may stand for the call: a plain Linear (no LoRA, no hook) that needs no gradient."""
     if type(linear) is not nn.Linear or "forward" in vars(linear):
         return False
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:

@@ -75,8 +75,8 @@ def assert_all_close(got, want, rtol=2e-4):
 
 
 def kv_weights(unet) -> list[nn.Parameter]:
-    weights = [p for n, p in unet.named_parameters() if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
-    return [w.requires_grad_() for w in weights]
+    ends = "attn2.to_k.weight", "attn2.to_v.weight"
+    return [p.requires_grad_() for n, p in unet.named_parameters() if n.endswith(ends)]
 
 
 def custom_diffusion(unet, cls=CustomDiffusionAttnProcessor2_0, train_q_out=False) -> list[nn.Parameter]:
@@ -92,7 +92,8 @@ def custom_diffusion(unet, cls=CustomDiffusionAttnProcessor2_0, train_q_out=Fals
             for kind in ("k", "v"):
                 weight = getattr(attn, f"to_{kind}").weight
                 noise = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-                getattr(processor, f"to_{kind}_custom_diffusion").weight.data = weight.detach() + noise.to(weight)
+                linear = getattr(processor, f"to_{kind}_custom_diffusion")
+                linear.weight.data = weight.detach() + noise.to(weight)
         processors[f"{name}.processor"] = processor.to(unet.dtype)
         trained += processor.parameters()
     unet.set_attn_processor(processors)
@@ -111,7 +112,8 @@ def test_same_outputs_and_gradients(config):
 def test_names_and_state_are_unchanged_and_unpatch_restores():
     unet = tiny_unet()
     unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
-    processors, state, names = unet.attn_processors, unet.state_dict(), [n for n, _ in unet.named_parameters()]
+    processors, state = unet.attn_processors, unet.state_dict()
+    names = [n for n, _ in unet.named_parameters()]
     patched = ck.patch_unet(unet)
     first = unet.attn_processors
     assert all(name.endswith("attn2") for name in patched)
@@ -281,8 +283,8 @@ def test_layout_bias_by_number_of_image_tokens():
     dense = {n: layout.dense() for n, layout in layouts.items()}
     assert_all_close(got, run(unet, given, cross_attention_kwargs={"bias": dense}))
     assert (got[0] - run(unet, given)[0]).abs().max() > 1e-3
-    mask = torch.ones(2, 7)
-    assert_all_close(run(unet, given, cross_attention_kwargs={"bias": layouts}, encoder_attention_mask=mask), got)
+    masked = {"cross_attention_kwargs": {"bias": layouts}, "encoder_attention_mask": torch.ones(2, 7)}
+    assert_all_close(run(unet, given, **masked), got)
     with pytest.raises(ValueError, match="bias has no entry for 16 image tokens"):
         unet(**given, cross_attention_kwargs={"bias": {64: layouts[64]}})
 
@@ -291,7 +293,8 @@ class Holder(nn.Module):
     def __init__(self, **options):
         super().__init__()
         torch.manual_seed(0)
-        self.attn2 = Attention(32, cross_attention_dim=16, heads=4, dim_head=8, processor=AttnProcessor(), **options)
+        shape = {"query_dim": 32, "cross_attention_dim": 16, "heads": 4, "dim_head": 8}
+        self.attn2 = Attention(**shape, processor=AttnProcessor(), **options)
 
 
 @pytest.mark.parametrize(
