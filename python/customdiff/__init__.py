@@ -1,0 +1,6 @@
+"""customdiff: learn a concept from a few pictures, and sample with it; a thin layer over customdiff_kernels."""
+
+from .concept import Concept, encode_prompts, match
+from .sampler import sample
+
+__all__ = ["Concept", "encode_prompts", "match", "sample"]

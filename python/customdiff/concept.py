@@ -1,0 +1,196 @@
+"""A concept: a change of the K/V weights and one embedding row for each of its modifier tokens, V* in the paper.
+
+Trainer and sampler share the encoding below. A modifier token such as ``<new1>`` is one position of the prompt
+whose input embedding is the concept's row, put there while the text encoder runs: the tokenizer and the encoder's
+embedding table are those of the base model before, during and after, so every row of a batch can belong to
+another concept.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import customdiff_kernels as ck
+
+Rows = Mapping[str, Tensor]  # modifier token -> its embedding row (E,)
+
+
+class Tokens(NamedTuple):
+    """Token ids (B,S) of prompts, and where a modifier token stands: (row, position, word)."""
+
+    ids: Tensor
+    places: list[tuple[int, int, str]]
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], words: Sequence[Iterable[str]]) -> Tokens:
+    """Token ids of ``prompts``, padded to the tokenizer's length; ``words[i]``: the modifier tokens of prompt i.
+
+    Raises ValueError if a prompt names a ``<token>`` that is none of its words, or is so long that the text encoder
+    would not read its modifier token; a prompt that is cut elsewhere only warns.
+    """
+    size, places, ids = tokenizer.model_max_length, [], []
+    for i, (prompt, known) in enumerate(zip(prompts, words, strict=True)):
+        row: list[int] = []
+        for piece, is_word in _split(prompt, list(known)):
+            if is_word:
+                places.append((i, 1 + len(row), piece))
+                row.append(tokenizer.bos_token_id)  # any id: the embedding looked up here is replaced
+            elif unknown := re.search(r"<[\w-]+>", piece):
+                has = f"its concept has {', '.join(known)}" if known else "it has no concept"
+                raise ValueError(f"prompt {prompt!r} names the modifier token {unknown[0]}, and {has}")
+            elif piece.strip():
+                row += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+        if len(row) > size - 2:
+            if lost := [word for at, position, word in places if at == i and position > size - 2]:
+                raise ValueError(
+                    f"prompt {prompt!r}: the modifier token {lost[0]} comes after the {size - 2} tokens that the "
+                    "text encoder reads; shorten what stands before it"
+                )
+            warnings.warn(f"prompt {prompt!r} is cut after {size - 2} of its {len(row)} tokens", stacklevel=2)
+            del row[size - 2 :]
+        row = [tokenizer.bos_token_id, *row, tokenizer.eos_token_id]
+        ids.append(row + [tokenizer.pad_token_id] * (size - len(row)))
+    return Tokens(torch.tensor(ids), places)
+
+
+def encode(text_encoder: torch.nn.Module, tokens: Tokens, rows: Sequence[Rows]) -> Tensor:
+    """The context (B,S,E) of ``tokens``; ``rows[i]``: the embedding rows of prompt i, which may need a gradient."""
+    ids, places = tokens.ids.to(text_encoder.device), tokens.places
+    if not places:
+        return text_encoder(ids).last_hidden_state
+    at = torch.tensor([place[:2] for place in places], device=ids.device).unbind(1)
+
+    def substitute(module: torch.nn.Module, args: tuple, embedded: Tensor) -> Tensor:
+        values = torch.stack([rows[i][word].to(embedded) for i, _, word in places])
+        return embedded.index_put(at, values)
+
+    handle = text_encoder.get_input_embeddings().register_forward_hook(substitute)
+    try:
+        return text_encoder(ids).last_hidden_state
+    finally:
+        handle.remove()
+
+
+def encode_prompts(pipe: Any, prompts: Sequence[str], rows: Rows | Sequence[Rows]) -> Tensor:
+    """The context (B,S,E) of ``prompts`` by the pipeline's text encoder; ``rows``: one for each, or for all."""
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        raise ValueError(f"pipe: {type(pipe).__name__} has two text encoders; pass one of SD 1.x or 2.x")
+    rows = [rows] * len(prompts) if isinstance(rows, Mapping) else rows
+    return encode(pipe.text_encoder, tokenize(pipe.tokenizer, prompts, rows), rows)
+
+
+@dataclass
+class Concept:
+    """What one training run learned, or several merged.
+
+    delta: the change of the K/V weights by segment, {name: (rows,E)} or ck.LowRankDelta.
+    modifier_tokens: {word: (E,)}.
+    metadata: strings; among them ``base_hash``, the fingerprint of the weights that the delta belongs to.
+    """
+
+    delta: Mapping[str, Tensor] | ck.LowRankDelta
+    modifier_tokens: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | PathLike) -> Concept:
+        """Read a file that ``save`` wrote, or any format that ``ck.load_delta`` knows."""
+        found = ck.load_delta(path)
+        return cls(found.delta, dict(found.modifier_tokens), dict(found.metadata))
+
+    def save(self, path: str | PathLike) -> None:
+        """Write a safetensors file, whole or not at all."""
+        ck.save_delta(self.delta, path, modifier_tokens=self.modifier_tokens, **self.metadata)
+
+    def check_base(self, stack: ck.KVStack) -> None:
+        """Raise ValueError unless ``stack`` holds the very weights that the delta was trained on."""
+        expected = self.metadata.get("base_hash")
+        if expected is not None and expected != stack.hash():
+            raise ValueError(
+                f"concept {self} is of the base model {self.metadata.get('base_name', '(no name)')}, base_hash "
+                f"{expected[:12]}, and the K/V weights of this UNet have {stack.hash()[:12]}: load that base, "
+                "without another delta in it"
+            )
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise ValueError if the prompt has none of the modifier tokens."""
+        words = list(self.modifier_tokens)
+        if words and not _names(prompt, words):
+            raise ValueError(
+                f"prompt {prompt!r} has no modifier token of its concept ({', '.join(words)}); write {words[0]} "
+                f"where the subject is named, as in 'photo of a {words[0]} dog'"
+            )
+
+    def load_into(self, pipe: Any) -> list[str]:
+        """Write the weights into ``pipe.unet`` and the modifier tokens into its tokenizer and text encoder.
+
+        For users of StableDiffusionPipeline. Returns the names of the segments and the words that were written;
+        raises ValueError, before anything is written, if there are none or the pipeline is of another base.
+        """
+        stack = ck.KVStack.from_unet(pipe.unet)
+        self.check_base(stack)
+        names = list(self.delta.factors if isinstance(self.delta, ck.LowRankDelta) else self.delta)
+        if not names and not self.modifier_tokens:
+            raise ValueError("concept has neither a weight delta nor a modifier token: there is nothing to load")
+        tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
+        table = encoder.get_input_embeddings().weight
+        for word, row in self.modifier_tokens.items():
+            if row.shape != table.shape[1:]:
+                raise ValueError(
+                    f"modifier token {word} has a row of shape {tuple(row.shape)}; the embeddings of this text "
+                    f"encoder have width {table.shape[1]}"
+                )
+        if names:
+            ck.reconstruct(stack, self.delta).load_into(pipe.unet)
+        tokenizer.add_tokens([word for word in self.modifier_tokens if word not in tokenizer.get_vocab()])
+        if len(tokenizer) > table.shape[0]:
+            encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            table = encoder.get_input_embeddings().weight
+        with torch.no_grad():
+            for word, row in self.modifier_tokens.items():
+                table[tokenizer.convert_tokens_to_ids(word)] = row.to(table)
+        return [*names, *self.modifier_tokens]
+
+    def __str__(self) -> str:
+        return " ".join(self.modifier_tokens) or "without a modifier token"
+
+
+def match(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[Concept | None]:
+    """The concept that each prompt names by a modifier token; None for a prompt that names none.
+
+    Raises ValueError if a prompt names several, which only their merge could serve.
+    """
+    found: list[Concept | None] = []
+    for prompt in prompts:
+        named = [concept for concept in concepts if _names(prompt, list(concept.modifier_tokens))]
+        if len(named) > 1:
+            raise ValueError(
+                f"prompt {prompt!r} names {len(named)} concepts ({'; '.join(map(str, named))}): merge them first, "
+                "or give them different modifier tokens"
+            )
+        found.append(named[0] if named else None)
+    return found
+
+
+def _split(prompt: str, words: list[str]) -> list[tuple[str, bool]]:
+    """``prompt`` in pieces of (text, False) and (modifier token, True)."""
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompts must be strings, got {type(prompt).__name__}")
+    if not words:
+        return [(prompt, False)]
+    # a word that begins or ends in a letter must not match inside another; of two that match, the longer one counts
+    edges = [(r"(?<!\w)" * w[0].isalnum(), re.escape(w), r"(?!\w)" * w[-1].isalnum()) for w in words]
+    pattern = "|".join(sorted(map("".join, edges), key=len, reverse=True))
+    return [(piece, i % 2 == 1) for i, piece in enumerate(re.split(f"({pattern})", prompt))]
+
+
+def _names(prompt: str, words: list[str]) -> bool:
+    return any(is_word for _, is_word in _split(prompt, words))

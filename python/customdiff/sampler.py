@@ -1,0 +1,186 @@
+"""Sampling with concepts: the K/V of all layers once a prompt, then a UNet that reads text no more.
+
+A row of the batch is a prompt with its own concept, or with none. All rows share the frozen UNet, so one pass a
+step serves them all: a concept changes only its rows' keys and values, kv = c·W0ᵀ + (c·Vᵀ)·Uᵀ.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import customdiff_kernels as ck
+from customdiff_kernels.diffusers import patched
+
+from .concept import Concept, encode_prompts
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    concepts: Concept | Sequence[Concept | None] | None = None,
+    *,
+    negative_prompt: str = "",
+    steps: int = 50,
+    guidance_scale: float = 6.0,
+    eta: float = 0.0,
+    seeds: int | Sequence[int] = 0,
+    size: tuple[int, int] | None = None,
+    scheduler: Any = None,
+    output: str = "pil",
+    progress: bool = True,
+) -> list[Image.Image] | Tensor:
+    """One picture for each prompt, all in one batch, one UNet pass a step.
+
+    Args:
+        pipe: a StableDiffusionPipeline (1.x, 2.x or of that shape) of the base model, without a delta in it.
+        prompts: with the modifier tokens of their concepts.
+        concepts: one for each prompt, or one for all; None is the base model. Low-rank deltas stay factors.
+        guidance_scale: of classifier-free guidance against ``negative_prompt``; 1 runs without.
+        eta: 0 is DDIM, 1 adds the noise of DDPM; for schedulers that know it.
+        seeds: one a row; of an integer s, row i has s + i. A row does not depend on the others of its batch.
+        size: (height, width) of the pictures; default: the base model's.
+        scheduler: any diffusers scheduler (it is copied); default: DDIM with the pipeline's noise schedule.
+        output: "pil" (a list of images), "tensor" (B,3,H,W) in 0..1, or "latents" (B,C,h,w).
+
+    Raises ValueError if a prompt lacks the modifier token of its concept, or a concept is of another base.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    concepts = _one_each("concepts", concepts, len(prompts), (Concept, type(None)))
+    seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else seeds
+    seeds = _one_each("seeds", seeds, len(prompts), int)
+    if not prompts:
+        raise ValueError("prompts is empty; give at least one")
+    if output not in ("pil", "tensor", "latents"):
+        raise ValueError(f"output must be 'pil', 'tensor' or 'latents', got {output!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    shape = (pipe.unet.config.in_channels, *_latent_size(pipe, size))
+    stack = ck.KVStack.from_unet(pipe.unet)
+    for concept in _distinct(concepts):
+        concept.check_base(stack)
+    for prompt, concept in zip(prompts, concepts, strict=True):
+        if concept is not None:
+            concept.check_prompt(prompt)
+
+    if guidance_scale != 1:  # the unconditional rows come first, each with its own row's concept
+        prompts, concepts = [negative_prompt] * len(prompts) + prompts, concepts * 2
+    rows = [concept.modifier_tokens if concept else {} for concept in concepts]
+    context = encode_prompts(pipe, prompts, rows).to(pipe.unet.dtype)
+    kv = stack.views(project(stack, context, concepts))
+
+    scheduler = _ddim(pipe.scheduler) if scheduler is None else copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps, device=pipe.unet.device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.unet.device)
+    with patched(pipe.unet):
+        latents = denoise(
+            pipe.unet, scheduler, noise, context, kv, guidance_scale, eta, generators, progress=progress
+        )
+    if output == "latents":
+        return latents
+    images = decode(pipe.vae, latents)
+    return images if output == "tensor" else to_pil(images)
+
+
+def denoise(
+    unet: torch.nn.Module,
+    scheduler: Any,
+    noise: Tensor,
+    context: Tensor,
+    kv: dict[str, tuple[Tensor, Tensor]],
+    guidance_scale: float,
+    eta: float,
+    generators: list[torch.Generator],
+    *,
+    progress: bool = False,
+) -> Tensor:
+    """The reverse process from ``noise`` (B,C,h,w), in float32 whatever the UNet's dtype.
+
+    ``context`` and ``kv`` have B rows, or 2B with the unconditional ones first.
+    """
+    options: dict[str, Any] = {}
+    accepted = inspect.signature(scheduler.step).parameters
+    if "generator" in accepted:
+        options["generator"] = generators
+    if "eta" in accepted:
+        options["eta"] = eta
+    elif eta:
+        raise ValueError(f"eta={eta}: {type(scheduler).__name__} has none; use DDIMScheduler, or eta=0")
+
+    copies = context.shape[0] // noise.shape[0]
+    x = noise * scheduler.init_noise_sigma
+    for t in tqdm(scheduler.timesteps, desc="sampling", disable=not progress):
+        x_in = scheduler.scale_model_input(torch.cat([x] * copies), t).to(unet.dtype)
+        out = unet(x_in, t, encoder_hidden_states=context, cross_attention_kwargs={"kv": kv}).sample.float()
+        if copies == 2:
+            unconditional, conditional = out.chunk(2)
+            out = unconditional + guidance_scale * (conditional - unconditional)
+        x = scheduler.step(out, t, x, **options).prev_sample
+    return x
+
+
+def project(stack: ck.KVStack, context: Tensor, concepts: Sequence[Concept | None]) -> Tensor:
+    """Keys and values (B,S,R) of all layers, row i with the weights of ``concepts[i]``, which are never built."""
+    kv = ck.kv_project(context, stack.weight)
+    columns = {name: slice(start, stop) for name, start, stop in stack.segments}
+    for concept in _distinct(concepts):
+        rows = [i for i, other in enumerate(concepts) if other is concept]
+        delta = concept.delta
+        low_rank = isinstance(delta, ck.LowRankDelta)
+        for name, factors in (delta.factors if low_rank else {n: (w,) for n, w in delta.items()}).items():
+            change = context[rows]
+            for factor in reversed(factors):  # (c·Vᵀ)·Uᵀ, or c·ΔWᵀ
+                change = change @ factor.to(change).T
+            kv[rows, :, columns[name]] += change
+    return kv
+
+
+def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    """Pictures (B,3,H,W) in 0..1, float32."""
+    latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
+    return (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """``images`` (B,3,H,W) in 0..1 as PIL images."""
+    arrays = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def _ddim(scheduler: Any) -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False)  # latents are not bounded by 1
+
+
+def _latent_size(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+    if size is None:
+        side = pipe.unet.config.sample_size
+        return (side, side) if isinstance(side, int) else tuple(side)
+    factor = pipe.vae_scale_factor
+    if len(size) != 2 or any(s % factor or s < factor for s in size):
+        raise ValueError(f"size must be (height, width) in multiples of {factor}, got {size}")
+    return size[0] // factor, size[1] // factor
+
+
+def _distinct(concepts: Sequence[Concept | None]) -> list[Concept]:
+    return list({id(concept): concept for concept in concepts if concept is not None}.values())
+
+
+def _one_each(name: str, given: Any, count: int, kind: Any) -> list:
+    given = [given] * count if isinstance(given, kind) else list(given)
+    if len(given) != count:
+        raise ValueError(f"{name} has {len(given)} entries for {count} prompts; give one each, or one for all")
+    for item in given:
+        if not isinstance(item, kind):
+            raise TypeError(f"{name} has an entry of type {type(item).__name__}")
+    return given
