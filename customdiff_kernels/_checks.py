@@ -108,3 +108,59 @@ def attention_bias(
             raise ValueError(f"table must have shape ({batch} or 1, regions, {s}) (B|1,regions,S), got {tuple(table.shape)}")
         contiguous_rows("labels", labels)
         contiguous_rows("table", table)
+
+
+def projection(context: Tensor, weight: Tensor, frozen_tokens: int) -> None:
+    """context (B,S,E), weight (R,E), 0 <= frozen_tokens <= S."""
+    rank("context", context, "B,S,E")
+    rank("weight", weight, "R,E")
+    floating("context", context)
+    floating("weight", weight)
+    same_device("weight", weight, "context", context)
+    shape("weight", weight, (weight.shape[0], context.shape[2]), "(R,E) to go with context (B,S,E)")
+    if not 0 <= frozen_tokens <= context.shape[1]:
+        raise ValueError(f"frozen_tokens must lie in 0 … {context.shape[1]} (S), got {frozen_tokens}")
+
+
+def divides(heads: int, w_q: Tensor) -> None:
+    """w_q is (inner,C) and ``heads`` divides inner."""
+    rank("w_q", w_q, "inner,C")
+    if not isinstance(heads, int) or heads < 1 or w_q.shape[0] == 0 or w_q.shape[0] % heads:
+        raise ValueError(f"heads must divide inner = {w_q.shape[0]} (rows of w_q), got {heads!r}")
+
+
+def kv_block(
+    hidden: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_q: Tensor,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    heads: int,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    table: Tensor | None,
+) -> None:
+    """Everything that ``kv_cross_attention`` relies on: hidden (B,N,C), key and value (B,S,inner), w_q (inner,C) ..."""
+    divides(heads, w_q)
+    rank("hidden", hidden, "B,N,C")
+    floating("hidden", hidden)
+    rank("key", key, "B,S,inner")
+    floating("key", key, hidden.dtype)
+    rank("w_out", w_out, "C,inner")
+    (batch, n, c), inner, s = hidden.shape, w_q.shape[0], key.shape[1]
+    shape("w_q", w_q, (inner, c), "(inner,C) to go with hidden (B,N,C)")
+    shape("w_out", w_out, (w_out.shape[0], inner), "(C,inner) to go with w_q (inner,C)")
+    shape("key", key, (batch, s, inner), "(B,S,inner) to go with hidden and w_q")
+    like("value", value, "key", key)
+    frozen = {"w_q": w_q, "w_out": w_out}
+    if b_out is not None:
+        frozen["b_out"] = b_out
+        shape("b_out", b_out, (w_out.shape[0],), "(C) to go with w_out (C,inner)")
+    for name, tensor in frozen.items():
+        floating(name, tensor)
+        same_device(name, tensor, "hidden", hidden)
+    same_device("key", key, "hidden", hidden)
+    contiguous_rows("key", key)
+    contiguous_rows("value", value)
+    attention_bias(hidden, (batch, heads, n, s), bias, labels, table)

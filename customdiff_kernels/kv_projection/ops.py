@@ -1,0 +1,220 @@
+"""``customdiff::kv_project``, ``customdiff::kv_cross_attention`` and their backwards: schema, fake, autograd.
+
+The projections are library GEMMs; the attention between them goes through the backend that ``_backends`` chooses.
+Weights of another dtype than the activations are cast inside, so that no cast copy outlives a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .. import _checks
+from .._library import register
+from ..cross_attention.ops import empty_gradients, finished, run_backward, run_forward
+
+# --- kv_project ------------------------------------------------------------------------------------------------------
+
+
+def _project(context: Tensor, weight: Tensor, frozen_tokens: int) -> Tensor:
+    _checks.projection(context, weight, frozen_tokens)
+    return linear(context, weight.to(context.dtype)).contiguous()
+
+
+def _project_fake(context: Tensor, weight: Tensor, frozen_tokens: int) -> Tensor:
+    _checks.projection(context, weight, frozen_tokens)
+    return context.new_empty(*context.shape[:2], weight.shape[0])
+
+
+def _project_backward(
+    grad: Tensor, context: Tensor, weight: Tensor, frozen_tokens: int, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """dc = g W, zero at frozen tokens; dW = gᵀ c without their rows. The small factor c is zeroed, not the large g cut."""
+    _checks.projection(context, weight, frozen_tokens)
+    expected = (*context.shape[:2], weight.shape[0])
+    _checks.shape("grad", grad, expected, "(B,S,R)")
+    rows = grad.reshape(-1, weight.shape[0])
+    d_context, d_weight = context.new_empty(0), weight.new_empty(0)
+    if needed[0]:
+        d_context = (rows @ weight.to(rows.dtype)).view(context.shape)
+        d_context[:, :frozen_tokens] = 0
+    if needed[1]:
+        live = context
+        if frozen_tokens:
+            live = context.clone(memory_format=torch.contiguous_format)
+            live[:, :frozen_tokens] = 0
+        d_weight = (rows.T @ live.reshape(-1, context.shape[2])).to(weight.dtype)
+    return d_context, d_weight
+
+
+def _project_backward_fake(
+    grad: Tensor, context: Tensor, weight: Tensor, frozen_tokens: int, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    return (
+        context.new_empty(context.shape if needed[0] else (0,)),
+        weight.new_empty(weight.shape if needed[1] else (0,)),
+    )
+
+
+def _project_setup(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    context, weight, ctx.frozen_tokens = inputs
+    ctx.save_for_backward(context, weight)
+
+
+def _project_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:2])
+    grads = torch.ops.customdiff.kv_project_backward(grad, *ctx.saved_tensors, ctx.frozen_tokens, needed)
+    return (*(g if want else None for g, want in zip(grads, needed, strict=True)), None)
+
+
+register(
+    "kv_project(Tensor context, Tensor weight, int frozen_tokens) -> Tensor",
+    _project,
+    _project_fake,
+    setup_context=_project_setup,
+    backward=_project_autograd,
+    cast=(0,),
+)
+register(
+    "kv_project_backward(Tensor grad, Tensor context, Tensor weight, int frozen_tokens, bool[2] needed)"
+    " -> (Tensor, Tensor)",
+    _project_backward,
+    _project_backward_fake,
+)
+
+# --- kv_cross_attention ----------------------------------------------------------------------------------------------
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(B,N,inner) seen as (B,H,N,D)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _attend(
+    hidden: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_q: Tensor,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    heads: int,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    table: Tensor | None,
+    scale: float,
+) -> Tensor:
+    _checks.kv_block(hidden, key, value, w_q, w_out, b_out, heads, bias, labels, table)
+    dtype = hidden.dtype
+    query = linear(hidden, w_q.to(dtype)).contiguous()
+    attended = torch.empty_like(query)
+    key, value = _heads(key, heads), _heads(value, heads)
+    run_forward(_heads(query, heads), key, value, bias, labels, table, scale, _heads(attended, heads))
+    return linear(attended, w_out.to(dtype), None if b_out is None else b_out.to(dtype))
+
+
+def _attend_fake(
+    hidden: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_q: Tensor,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    heads: int,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    table: Tensor | None,
+    scale: float,
+) -> Tensor:
+    _checks.kv_block(hidden, key, value, w_q, w_out, b_out, heads, bias, labels, table)
+    return hidden.new_empty(*hidden.shape[:2], w_out.shape[0])
+
+
+def _attend_backward(
+    grad_out: Tensor,
+    hidden: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_q: Tensor,
+    w_out: Tensor,
+    heads: int,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    table: Tensor | None,
+    scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    _checks.kv_block(hidden, key, value, w_q, w_out, None, heads, bias, labels, table)
+    dtype, inner = hidden.dtype, w_q.shape[0]
+    w_q = w_q.to(dtype)
+    query = linear(hidden, w_q).contiguous()
+    d_attended = (grad_out.reshape(-1, w_out.shape[0]) @ w_out.to(dtype)).view(query.shape)
+    grads = empty_gradients((query, key, value, bias, table), needed)
+    by_head = [_heads(g, heads) if i < 3 and g is not None else g for i, g in enumerate(grads)]
+    q, k, v, g = (_heads(x, heads) for x in (query, key, value, d_attended))
+    run_backward(g, q, k, v, bias, labels, table, scale, by_head)
+    if grads[0] is not None:
+        grads[0] = (grads[0].view(-1, inner) @ w_q).view(hidden.shape)
+    return finished(grads, (hidden, key, value, bias, table))
+
+
+def _attend_backward_fake(
+    grad_out: Tensor,
+    hidden: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_q: Tensor,
+    w_out: Tensor,
+    heads: int,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    table: Tensor | None,
+    scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (hidden, key, value, bias, table)
+    grads = empty_gradients(inputs, needed)
+    grads[0] = hidden.new_empty(hidden.shape) if needed[0] else None
+    return finished(grads, inputs)
+
+
+def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, key, value, w_q, w_out, b_out, ctx.heads, bias, labels, table, ctx.scale = inputs
+    for name, wants in zip(("w_q", "w_out", "b_out"), ctx.needs_input_grad[3:6], strict=True):
+        if wants:
+            raise ValueError(
+                f"{name} is frozen in kv_cross_attention and gets no gradient, but it has requires_grad=True; call "
+                f"{name}.requires_grad_(False), or train it with cross_attention between your own projections"
+            )
+    ctx.save_for_backward(hidden, key, value, w_q, w_out, bias, labels, table)
+
+
+def _attend_autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 7, 9)]
+    *inputs, bias, labels, table = ctx.saved_tensors
+    grads = torch.ops.customdiff.kv_cross_attention_backward(
+        grad_out, *inputs, ctx.heads, bias, labels, table, ctx.scale, needed
+    )
+    hidden, key, value, bias, table = (grad if want else None for grad, want in zip(grads, needed, strict=True))
+    return hidden, key, value, None, None, None, None, bias, None, table, None
+
+
+_BIAS = "Tensor? bias, Tensor? labels, Tensor? table, float scale"
+register(
+    "kv_cross_attention(Tensor hidden, Tensor key, Tensor value, Tensor w_q, Tensor w_out, Tensor? b_out, int heads, "
+    f"{_BIAS}) -> Tensor",
+    _attend,
+    _attend_fake,
+    setup_context=_attend_setup,
+    backward=_attend_autograd,
+    cast=(0, 1, 2),
+)
+register(
+    "kv_cross_attention_backward(Tensor grad_out, Tensor hidden, Tensor key, Tensor value, Tensor w_q, Tensor w_out, "
+    f"int heads, {_BIAS}, bool[5] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attend_backward,
+    _attend_backward_fake,
+)
