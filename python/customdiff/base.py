@@ -1,0 +1,45 @@
+"""The base model: a Stable Diffusion pipeline folder, or the one that comes with the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EMBEDDED = "tinysd"
+
+
+def load_base(folder: str | None = None, device: str | None = None) -> Any:
+    """The ``StableDiffusionPipeline`` of `folder` in float32; the embedded one by default.
+
+    Raises:
+        ValueError: if `folder` holds no pipeline.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    if folder is None:
+        import tinysd
+
+        folder = tinysd.path()
+    path = Path(folder)
+    if not (path / "model_index.json").is_file():
+        raise ValueError(
+            f"base {str(folder)!r} is no pipeline folder: it has no model_index.json; give a folder that "
+            "StableDiffusionPipeline.save_pretrained wrote"
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        path,
+        torch_dtype=torch.float32,
+        safety_checker=None,
+        requires_safety_checker=False,
+        local_files_only=True,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def base_name(folder: str | None) -> str:
+    """The name under which a concept file remembers its base."""
+    return EMBEDDED if folder is None else Path(folder).resolve().name

@@ -1,0 +1,286 @@
+"""Custom Diffusion's training (section 3.1): one stacked K/V matrix and one embedding row are learned.
+
+All cross-attention layers' keys and values are one matrix W. A step is: text features c of the prompts, one
+projection ``kv = c Wᵀ`` for all layers, the frozen UNet on noisy latents with views of ``kv``, the loss on the
+concept's pictures plus ``prior_weight`` times that on the regularization pictures. Latents, and the text
+features of the regularization captions, do not depend on what is learned: they are computed once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import customdiff_kernels as ck
+from customdiff_kernels.diffusers import patched
+
+from . import data
+from .base import base_name, load_base
+from .concept import Concept, encode_prompts
+from .config import TrainConfig
+
+FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
+TEXT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run returns: the concept and its file, the loss of each step, seconds, pictures a second."""
+
+    concept: Concept
+    output: Path
+    losses: tuple[float, ...]
+    seconds: float
+    images_per_second: float
+
+
+def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -> TrainResult:
+    """Learns the concept of `config` and writes it to ``config.output``, whole or not at all.
+
+    Args:
+        config: everything that the result depends on, but the base's weights.
+        pipeline: a loaded base, in place of the one that ``config.base`` names; it is left as it was.
+        progress: show a bar with the loss, pictures a second and the time left.
+
+    Raises:
+        ValueError: for pictures, captions or a base that cannot be used, an initializer word that is not one
+            token, or a checkpoint of another configuration.
+        FileExistsError: if the output is there already and ``config.overwrite`` is not set.
+    """
+    started = time.perf_counter()
+    output = Path(config.output)
+    if output.exists() and not config.overwrite:
+        raise FileExistsError(
+            f"output {str(output)!r} exists; name another, or replace it with overwrite (--overwrite)"
+        )
+    pictures = Pictures.read(config)  # before the base: a wrong folder should not cost a model's loading
+    pipeline = load_base(config.base, config.device) if pipeline is None else pipeline
+    checkpoint = output.with_name(output.name + ".checkpoint")
+    with patched(pipeline.unet):
+        training = Training(config, pipeline, pictures)
+        if config.resume:
+            training.restore(checkpoint)
+        losses, rate = [], 0.0
+        bar = tqdm(
+            total=config.steps,
+            initial=training.steps_done,
+            desc="training",
+            unit="step",
+            disable=not progress,
+        )
+        with bar, _deterministic():
+            looped = time.perf_counter()
+            while training.steps_done < config.steps:
+                losses.append(training.step())
+                rate = len(losses) * training.images_per_step / (time.perf_counter() - looped)
+                recent = losses[-20:]
+                bar.set_postfix_str(
+                    f"loss {sum(recent) / len(recent):.4f}, {rate:.1f} images/s", refresh=False
+                )
+                bar.update()
+                if config.checkpoint_every and training.steps_done % config.checkpoint_every == 0:
+                    training.checkpoint(checkpoint)
+    concept = training.concept()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    concept.save(output)
+    checkpoint.unlink(missing_ok=True)
+    return TrainResult(concept, output, tuple(losses), time.perf_counter() - started, rate)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a run learns from, as read: the concept's pictures, and the captioned ones that keep the prior."""
+
+    concept: list[Any]
+    regularization: list[Any]
+    captions: list[str]
+
+    @classmethod
+    def read(cls, config: TrainConfig) -> Pictures:
+        concept = data.read_pictures(config.images)
+        if config.regularization is None:
+            return cls(concept, [], [])
+        regularization, captions = data.read_captioned(config.regularization)
+        for caption in captions:
+            if config.modifier_token in caption:
+                raise ValueError(
+                    f"regularization caption {caption!r} holds the modifier token {config.modifier_token!r}; "
+                    "these pictures stand for what the base knows already, so caption them without it"
+                )
+        return cls(concept, regularization, captions)
+
+
+class Training:
+    """A run in progress on a patched UNet: two parameters, their optimizer, one generator of all draws."""
+
+    def __init__(self, config: TrainConfig, pipeline: Any, pictures: Pictures):
+        from diffusers import DDPMScheduler
+
+        self.config, self.pipeline, self.steps_done = config, pipeline, 0
+        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.prediction = self.scheduler.config.prediction_type
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"base predicts {self.prediction!r}; the trainer knows 'epsilon' and 'v_prediction'"
+            )
+        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            module.requires_grad_(False).eval()
+        self.device = pipeline.unet.device
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+        self.base = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
+        self.weight = nn.Parameter(self.base.weight.clone())
+        self.row = nn.Parameter(self._initial_row())
+        self.optimizer = torch.optim.AdamW(
+            [self.weight, self.row], lr=config.rate(), weight_decay=config.weight_decay
+        )
+
+        factor = pipeline.vae_scale_factor
+        size = pipeline.unet.config.sample_size
+        self.resolution = config.resolution or factor * (size if isinstance(size, int) else min(size))
+        if self.resolution % factor:
+            raise ValueError(f"resolution must be a multiple of {factor}, got {self.resolution}")
+        pixels = data.shifted(self._pixels(pictures.concept), config.shift, self.generator)
+        self.latents = data.encode(pipeline.vae, pixels)
+        self.prior_latents = self.prior_context = None
+        if pictures.regularization:
+            self.prior_latents = data.encode(pipeline.vae, self._pixels(pictures.regularization))
+            self.prior_context = self._contexts(pictures.captions)
+
+    @property
+    def images_per_step(self) -> int:
+        return self.config.batch_size * (1 if self.prior_latents is None else 2)
+
+    def step(self) -> float:
+        """One step of the optimizer; returns its loss."""
+        count = self.config.batch_size
+        latents = self.latents.draw(self._choose(len(self.latents.mean), count), self.generator)
+        context = self._instance_context(self._choose(len(self.config.prompts), count))
+        if self.prior_latents is not None and self.prior_context is not None:
+            chosen = self._choose(len(self.prior_latents.mean), count)
+            latents = torch.cat([latents, self.prior_latents.draw(chosen, self.generator)])
+            context = torch.cat([context, self.prior_context[chosen.to(self.device)]])
+        losses = self._losses(latents * self.pipeline.vae.config.scaling_factor, context)
+        loss = losses[:count].mean()
+        if len(losses) > count:
+            loss = loss + self.config.prior_weight * losses[count:].mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.steps_done += 1
+        return float(loss.detach())
+
+    def concept(self) -> Concept:
+        """What was learned so far."""
+        weight, base = self.weight.detach(), self.base
+        metadata = {
+            "base_hash": base.hash(),
+            "base_name": base_name(self.config.base),
+            "resolution": str(self.resolution),
+            "prompt": self.config.prompts[0],
+            "prompts": json.dumps(self.config.prompts),
+            "library_version": ck.__version__,
+            "config": json.dumps(asdict(self.config)),
+        }
+        delta = {name: (weight[start:stop] - base[name]).cpu() for name, start, stop in base.segments}
+        return Concept(delta, {self.config.modifier_token: self.row.detach().cpu().clone()}, metadata)
+
+    def checkpoint(self, path: Path) -> None:
+        """Writes all that `restore` needs for the same bits as an unbroken run."""
+        state = {
+            "config": json.dumps(self.config.mathematics()),
+            "base_hash": self.base.hash(),
+            "steps_done": self.steps_done,
+            "weight": self.weight.detach(),
+            "row": self.row.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def restore(self, path: Path) -> None:
+        """Goes on from a checkpoint of the same configuration and base."""
+        if not path.is_file():
+            raise ValueError(
+                f"resume: there is no checkpoint {str(path)!r}; start without resume, with checkpoint_every"
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, ours = json.loads(state["config"]), json.loads(json.dumps(self.config.mathematics()))
+        if changed := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+            raise ValueError(
+                f"resume: checkpoint {str(path)!r} was made with other values of {', '.join(changed)}"
+            )
+        if state["base_hash"] != self.base.hash():
+            raise ValueError(f"resume: checkpoint {str(path)!r} belongs to another base model")
+        with torch.no_grad():
+            self.weight.copy_(state["weight"])
+            self.row.copy_(state["row"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.steps_done = state["steps_done"]
+
+    def _losses(self, latents: Tensor, context: Tensor) -> Tensor:
+        """The weighted squared error (B,) of the UNet at random timesteps (paper, eq. 2)."""
+        noise = torch.randn(latents.shape, generator=self.generator).to(latents)
+        timesteps = self._choose(self.scheduler.config.num_train_timesteps, len(latents)).to(self.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        kv = ck.kv_project(context, self.weight, frozen_tokens=FROZEN_TOKENS)
+        views = ck.KVStack(self.weight, self.base.segments).views(kv)
+        output = self.pipeline.unet(
+            noisy, timesteps, encoder_hidden_states=context, cross_attention_kwargs={"kv": views}
+        ).sample
+        v = self.prediction == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if v else noise
+        losses = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+        return losses if self.config.min_snr_gamma is None else losses * self._snr_weight(timesteps, v)
+
+    def _snr_weight(self, timesteps: Tensor, v: bool) -> Tensor:
+        """min(SNR, γ) on the error in x0, for a loss that is written in v or ε (Hang et al., 2023)."""
+        alpha = self.scheduler.alphas_cumprod.to(self.device)[timesteps]
+        snr = alpha / (1 - alpha)
+        return snr.clamp(max=self.config.min_snr_gamma) / (snr + 1 if v else snr)
+
+    def _instance_context(self, chosen: Tensor) -> Tensor:
+        """Text features (B,S,E) of the chosen prompts; each prompt runs through the text encoder once."""
+        distinct, inverse = chosen.unique(return_inverse=True)
+        prompts = [self.config.prompts[i] for i in distinct.tolist()]
+        return encode_prompts(self.pipeline, prompts, {self.config.modifier_token: self.row})[
+            inverse.to(self.device)
+        ]
+
+    @torch.no_grad()
+    def _contexts(self, captions: list[str]) -> Tensor:
+        chunks = [captions[i : i + TEXT_BATCH] for i in range(0, len(captions), TEXT_BATCH)]
+        return torch.cat([encode_prompts(self.pipeline, chunk, {}) for chunk in chunks])
+
+    def _initial_row(self) -> Tensor:
+        word, tokenizer = self.config.initializer_token, self.pipeline.tokenizer
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ValueError(
+                f"initializer_token {word!r} is {len(ids)} tokens to this base; "
+                "give a rare word that is one, as ktn or sks"
+            )
+        return self.pipeline.text_encoder.get_input_embeddings().weight[ids[0]].detach().float().clone()
+
+    def _pixels(self, images: list[Any]) -> Tensor:
+        return data.to_tensor([data.square(image, self.resolution) for image in images])
+
+    def _choose(self, among: int, count: int) -> Tensor:
+        return torch.randint(among, (count,), generator=self.generator)
+
+
+def _deterministic() -> Any:
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
