@@ -98,6 +98,8 @@ class CrossAttnProcessor:
             elif attn.norm_cross is not None:
                 context = attn.norm_encoder_hidden_states(context)
             key, value = self._project(attn, context)
+        if torch.is_autocast_enabled(hidden.device.type):
+            return key, value  # the operators cast all three
         return key.to(hidden.dtype), value.to(hidden.dtype)
 
     def _project(self, attn, context):
@@ -116,8 +118,7 @@ class _CustomDiffusion(CrossAttnProcessor):
             key, value = super()._project(attn, context)
             return tuple(torch.cat([x[:, :1].detach(), x[:, 1:]], dim=1) for x in (key, value))
         weights = self.to_k_custom_diffusion.weight, self.to_v_custom_diffusion.weight
-        dtype = _autocast_dtype(context) or weights[0].dtype
-        return tuple(kv_project(context.to(dtype), weight.to(dtype), frozen_tokens=1) for weight in weights)
+        return tuple(kv_project(context, weight, frozen_tokens=1) for weight in weights)
 
     def _query_out(self, attn):
         if not self.train_q_out:
@@ -228,16 +229,14 @@ def _take_over(name: str, previous: nn.Module) -> CrossAttnProcessor:
 def _attend(attn, hidden, key, value, to_q, to_out, bias):
     normed = attn.norm_q is not None or attn.norm_k is not None
     if _is_frozen(to_q) and _is_frozen(to_out) and to_q.bias is None and not normed:
-        tensors = hidden.contiguous(), key, value, to_q.weight.detach(), to_out.weight.detach()
-        b_out = None if to_out.bias is None else to_out.bias.detach()
-        if dtype := _autocast_dtype(hidden):
-            tensors = tuple(x.to(dtype) for x in tensors)
-            b_out = None if b_out is None else b_out.to(dtype)
-        return kv_cross_attention(*tensors, b_out, heads=attn.heads, bias=bias, scale=attn.scale)
+        frozen = [None if w is None else w.detach() for w in (to_q.weight, to_out.weight, to_out.bias)]
+        heads, scale = attn.heads, attn.scale
+        return kv_cross_attention(
+            hidden.contiguous(), key, value, *frozen, heads=heads, bias=bias, scale=scale
+        )
 
-    query = to_q(hidden)
     query, key, value = (
-        x.to(query.dtype).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)
+        x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (to_q(hidden), key, value)
     )
     if attn.norm_q is not None:
         query = attn.norm_q(query)
@@ -254,12 +253,6 @@ def _is_frozen(linear: nn.Module) -> bool:
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
         return False
     return not (torch.is_grad_enabled() and any(p.requires_grad for p in linear.parameters(recurse=False)))
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
 
 
 def _total_bias(mask, bias, batch: int, n_image: int, heads: int):
