@@ -1,4 +1,4 @@
-"""customdiff: learn a concept from a few pictures, and sample with it; a thin layer over customdiff_kernels."""
+"""customdiff: learn a concept from a few pictures and sample with it, on customdiff_kernels."""
 
 from .concept import Concept, encode_prompts, match
 from .sampler import sample

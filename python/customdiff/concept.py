@@ -1,9 +1,9 @@
-"""A concept: a change of the K/V weights and one embedding row for each of its modifier tokens, V* in the paper.
+"""A concept: a change of the K/V weights, and one embedding row for each of its modifier tokens (V*).
 
-Trainer and sampler share the encoding below. A modifier token such as ``<new1>`` is one position of the prompt
-whose input embedding is the concept's row, put there while the text encoder runs: the tokenizer and the encoder's
-embedding table are those of the base model before, during and after, so every row of a batch can belong to
-another concept.
+Trainer and sampler share the encoding below. A modifier token such as ``<new1>`` is one position of the
+prompt whose input embedding is the concept's row, put there while the text encoder runs: the tokenizer and
+the encoder's embedding table are those of the base model before, during and after, so every row of a batch
+can belong to another concept.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Tokens(NamedTuple):
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], words: Sequence[Iterable[str]]) -> Tokens:
-    """Token ids of ``prompts``, padded to the tokenizer's length; ``words[i]``: the modifier tokens of prompt i.
+    """Token ids of ``prompts``, padded to the tokenizer's length; ``words[i]``: prompt i's modifier tokens.
 
-    Raises ValueError if a prompt names a ``<token>`` that is none of its words, or is so long that the text encoder
-    would not read its modifier token; a prompt that is cut elsewhere only warns.
+    Raises ValueError if a prompt names a ``<token>`` that is none of its words, or is so long that the text
+    encoder would not read its modifier token; a prompt that is cut elsewhere only warns.
     """
     size, places, ids = tokenizer.model_max_length, [], []
     for i, (prompt, known) in enumerate(zip(prompts, words, strict=True)):
@@ -51,10 +51,10 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], words: Sequence[Iterable[st
         if len(row) > size - 2:
             if lost := [word for at, position, word in places if at == i and position > size - 2]:
                 raise ValueError(
-                    f"prompt {prompt!r}: the modifier token {lost[0]} comes after the {size - 2} tokens that the "
-                    "text encoder reads; shorten what stands before it"
+                    f"prompt {prompt!r}: the modifier token {lost[0]} comes after the {size - 2} tokens that "
+                    "the text encoder reads; shorten what stands before it"
                 )
-            warnings.warn(f"prompt {prompt!r} is cut after {size - 2} of its {len(row)} tokens", stacklevel=2)
+            warnings.warn(f"prompt {prompt!r} is cut to {size - 2} of its {len(row)} tokens", stacklevel=2)
             del row[size - 2 :]
         row = [tokenizer.bos_token_id, *row, tokenizer.eos_token_id]
         ids.append(row + [tokenizer.pad_token_id] * (size - len(row)))
@@ -62,7 +62,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], words: Sequence[Iterable[st
 
 
 def encode(text_encoder: torch.nn.Module, tokens: Tokens, rows: Sequence[Rows]) -> Tensor:
-    """The context (B,S,E) of ``tokens``; ``rows[i]``: the embedding rows of prompt i, which may need a gradient."""
+    """The context (B,S,E) of ``tokens``. ``rows[i]``: prompt i's embedding rows, also with gradient."""
     ids, places = tokens.ids.to(text_encoder.device), tokens.places
     if not places:
         return text_encoder(ids).last_hidden_state
@@ -80,7 +80,7 @@ def encode(text_encoder: torch.nn.Module, tokens: Tokens, rows: Sequence[Rows]) 
 
 
 def encode_prompts(pipe: Any, prompts: Sequence[str], rows: Rows | Sequence[Rows]) -> Tensor:
-    """The context (B,S,E) of ``prompts`` by the pipeline's text encoder; ``rows``: one for each, or for all."""
+    """The context (B,S,E) of ``prompts`` by the pipeline; ``rows``: one each, or one for all."""
     if getattr(pipe, "text_encoder_2", None) is not None:
         raise ValueError(f"pipe: {type(pipe).__name__} has two text encoders; pass one of SD 1.x or 2.x")
     rows = [rows] * len(prompts) if isinstance(rows, Mapping) else rows
@@ -115,9 +115,9 @@ class Concept:
         expected = self.metadata.get("base_hash")
         if expected is not None and expected != stack.hash():
             raise ValueError(
-                f"concept {self} is of the base model {self.metadata.get('base_name', '(no name)')}, base_hash "
-                f"{expected[:12]}, and the K/V weights of this UNet have {stack.hash()[:12]}: load that base, "
-                "without another delta in it"
+                f"concept {self} is of the base model {self.metadata.get('base_name', '(no name)')}, "
+                f"base_hash {expected[:12]}, and the K/V weights of this UNet have {stack.hash()[:12]}: load "
+                "that base, without another delta in it"
             )
 
     def check_prompt(self, prompt: str) -> None:
@@ -125,28 +125,31 @@ class Concept:
         words = list(self.modifier_tokens)
         if words and not _names(prompt, words):
             raise ValueError(
-                f"prompt {prompt!r} has no modifier token of its concept ({', '.join(words)}); write {words[0]} "
-                f"where the subject is named, as in 'photo of a {words[0]} dog'"
+                f"prompt {prompt!r} has no modifier token of its concept ({', '.join(words)}); write "
+                f"{words[0]} where the subject is named, as in 'photo of a {words[0]} dog'"
             )
 
     def load_into(self, pipe: Any) -> list[str]:
         """Write the weights into ``pipe.unet`` and the modifier tokens into its tokenizer and text encoder.
 
-        For users of StableDiffusionPipeline. Returns the names of the segments and the words that were written;
-        raises ValueError, before anything is written, if there are none or the pipeline is of another base.
+        For users of StableDiffusionPipeline. Returns the names of the segments and the words that were
+        written; raises ValueError, before anything is written, if there are none or the pipeline is of
+        another base.
         """
         stack = ck.KVStack.from_unet(pipe.unet)
         self.check_base(stack)
         names = list(self.delta.factors if isinstance(self.delta, ck.LowRankDelta) else self.delta)
         if not names and not self.modifier_tokens:
-            raise ValueError("concept has neither a weight delta nor a modifier token: there is nothing to load")
+            raise ValueError(
+                "concept has neither a weight delta nor a modifier token: there is nothing to load"
+            )
         tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
         table = encoder.get_input_embeddings().weight
         for word, row in self.modifier_tokens.items():
             if row.shape != table.shape[1:]:
                 raise ValueError(
-                    f"modifier token {word} has a row of shape {tuple(row.shape)}; the embeddings of this text "
-                    f"encoder have width {table.shape[1]}"
+                    f"modifier token {word} has a row of shape {tuple(row.shape)}; the embeddings of this "
+                    f"text encoder have width {table.shape[1]}"
                 )
         if names:
             ck.reconstruct(stack, self.delta).load_into(pipe.unet)
@@ -173,8 +176,8 @@ def match(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[Concept |
         named = [concept for concept in concepts if _names(prompt, list(concept.modifier_tokens))]
         if len(named) > 1:
             raise ValueError(
-                f"prompt {prompt!r} names {len(named)} concepts ({'; '.join(map(str, named))}): merge them first, "
-                "or give them different modifier tokens"
+                f"prompt {prompt!r} names {len(named)} concepts ({'; '.join(map(str, named))}): merge them "
+                "first, or give them different modifier tokens"
             )
         found.append(named[0] if named else None)
     return found
@@ -186,7 +189,7 @@ def _split(prompt: str, words: list[str]) -> list[tuple[str, bool]]:
         raise TypeError(f"prompts must be strings, got {type(prompt).__name__}")
     if not words:
         return [(prompt, False)]
-    # a word that begins or ends in a letter must not match inside another; of two that match, the longer one counts
+    # a word that begins or ends in a letter must not match inside another; longer words come first
     edges = [(r"(?<!\w)" * w[0].isalnum(), re.escape(w), r"(?!\w)" * w[-1].isalnum()) for w in words]
     pattern = "|".join(sorted(map("".join, edges), key=len, reverse=True))
     return [(piece, i % 2 == 1) for i, piece in enumerate(re.split(f"({pattern})", prompt))]

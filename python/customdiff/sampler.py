@@ -1,7 +1,7 @@
 """Sampling with concepts: the K/V of all layers once a prompt, then a UNet that reads text no more.
 
-A row of the batch is a prompt with its own concept, or with none. All rows share the frozen UNet, so one pass a
-step serves them all: a concept changes only its rows' keys and values, kv = c·W0ᵀ + (c·Vᵀ)·Uᵀ.
+A row of the batch is a prompt with its own concept, or with none. All rows share the frozen UNet, so one pass
+a step serves them all: a concept changes only its rows' keys and values, kv = c·W0ᵀ + (c·Vᵀ)·Uᵀ.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def denoise(
 
 
 def project(stack: ck.KVStack, context: Tensor, concepts: Sequence[Concept | None]) -> Tensor:
-    """Keys and values (B,S,R) of all layers, row i with the weights of ``concepts[i]``, which are never built."""
+    """Keys and values (B,S,R) of all layers, row i by the weights of ``concepts[i]``, never built."""
     kv = ck.kv_project(context, stack.weight)
     columns = {name: slice(start, stop) for name, start, stop in stack.segments}
     for concept in _distinct(concepts):
@@ -179,7 +179,9 @@ def _distinct(concepts: Sequence[Concept | None]) -> list[Concept]:
 def _one_each(name: str, given: Any, count: int, kind: Any) -> list:
     given = [given] * count if isinstance(given, kind) else list(given)
     if len(given) != count:
-        raise ValueError(f"{name} has {len(given)} entries for {count} prompts; give one each, or one for all")
+        raise ValueError(
+            f"{name} has {len(given)} entries for {count} prompts; give one each, or one for all"
+        )
     for item in given:
         if not isinstance(item, kind):
             raise TypeError(f"{name} has an entry of type {type(item).__name__}")
