@@ -153,13 +153,13 @@ class Concept:
                 )
         if names:
             ck.reconstruct(stack, self.delta).load_into(pipe.unet)
-        tokenizer.add_tokens([word for word in self.modifier_tokens if word not in tokenizer.get_vocab()])
+        tokenizer.add_tokens([word for word in self.modifier_tokens if _token_id(tokenizer, word) is None])
         if len(tokenizer) > table.shape[0]:
             encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             table = encoder.get_input_embeddings().weight
         with torch.no_grad():
             for word, row in self.modifier_tokens.items():
-                table[tokenizer.convert_tokens_to_ids(word)] = row.to(table)
+                table[_token_id(tokenizer, word)] = row.to(table)
         return [*names, *self.modifier_tokens]
 
     def __str__(self) -> str:
@@ -193,6 +193,12 @@ def _split(prompt: str, words: list[str]) -> list[tuple[str, bool]]:
     edges = [(r"(?<!\w)" * w[0].isalnum(), re.escape(w), r"(?!\w)" * w[-1].isalnum()) for w in words]
     pattern = "|".join(sorted(map("".join, edges), key=len, reverse=True))
     return [(piece, i % 2 == 1) for i, piece in enumerate(re.split(f"({pattern})", prompt))]
+
+
+def _token_id(tokenizer: Any, word: str) -> int | None:
+    """The id of ``word`` where it is one token."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
 
 def _names(prompt: str, words: list[str]) -> bool:
