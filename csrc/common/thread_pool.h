@@ -1,0 +1,22 @@
+// A small persistent pool of worker threads. It neither needs OpenMP nor shares a pool with the framework.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace ck {
+
+// Calls task(0) ... task(count - 1), each once, on at most `threads` threads of which the caller is one.
+// Tasks are handed out in order to whoever is free: results that must not depend on the number of threads
+// must not depend on who runs a task. The first exception that a task throws is thrown here once all threads
+// have stopped. A call that finds the pool busy (another thread of the program is in here) runs alone.
+// A forked child starts with a fresh pool.
+void parallel_for(int threads, int64_t count, const std::function<void(int64_t)>& task);
+
+// 64-byte aligned memory that belongs to the calling thread, with unspecified content. It is valid until the
+// thread's next call; up to a limit it is kept between calls, because fresh pages cost more than small
+// kernels.
+void* thread_scratch(size_t bytes);
+
+}  // namespace ck

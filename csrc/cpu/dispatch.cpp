@@ -1,0 +1,55 @@
+// Chooses among the instruction sets that were built by what the machine says it can run.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace ck {
+
+namespace portable {
+extern const Kernels table;
+}
+#if defined(CK_X86)
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+#endif
+
+const Kernels* const* usable_kernels() {
+  static const Kernels* list[4] = {};
+  static const bool filled = [] {
+    int count = 0;
+#if defined(CK_X86)
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      list[count++] = &avx512::table;
+    }
+    if (has_avx2) list[count++] = &avx2::table;
+#endif
+    list[count++] = &portable::table;
+    return true;
+  }();
+  (void)filled;
+  return list;
+}
+
+const Kernels& kernels() {
+  const char* forced = std::getenv("CK_CPU_ISA");
+  if (forced == nullptr || *forced == '\0') return *usable_kernels()[0];
+  std::string usable;
+  for (const Kernels* const* entry = usable_kernels(); *entry != nullptr; ++entry) {
+    if (std::strcmp((*entry)->name, forced) == 0) return **entry;
+    usable += (usable.empty() ? "" : ", ") + std::string((*entry)->name);
+  }
+  throw std::runtime_error("CK_CPU_ISA=" + std::string(forced) +
+                           " cannot run here; this machine and build offer " + usable);
+}
+
+}  // namespace ck

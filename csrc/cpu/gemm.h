@@ -1,0 +1,120 @@
+// C = A·B in registers. Every product of the attention is one of these: the operand that is read a scalar at
+// a time (A) may lie either way round, the one that is read a vector at a time (B) is packed and padded.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace ck {
+namespace CK_ISA {
+namespace {
+
+template <class T>
+struct Gemm {
+  const T* a;  // element (i, k) at a[i * a_row + k * a_step]
+  int64_t a_row, a_step;
+  const T* b;  // (depth, columns), row-major with b_row elements a row
+  int64_t b_row;
+  T* c;  // (rows, columns), row-major
+  int64_t c_row;
+  int64_t rows, columns, depth;  // columns is a multiple of kColumnUnit
+  bool accumulate;               // C += A·B
+};
+
+// Vectors that the widest tile has, a half vector counted as one.
+constexpr int kWidest = kRegisters == 32 ? 5 : 3;
+
+// Rows a tile of `vectors` vectors has: the accumulators, one row of B and one broadcast fill the registers.
+constexpr int tile_rows(int vectors) {
+  const int rows = (kRegisters - vectors - 1) / vectors;
+  return rows < 12 ? rows : 12;
+}
+
+// The last tile computes whole rows beyond `rows`: A and C are readable and writable up to here.
+constexpr int64_t kSlackRows = 12;
+
+template <class T, int R, int V, bool Half>
+inline void gemm_tile(const Gemm<T>& g, int64_t row, int64_t column) {
+  Vec<T> sum[R][V ? V : 1] = {};
+  HalfVec<T> half_sum[R] = {};
+  const T* a = g.a + row * g.a_row;
+  const T* b = g.b + column;
+  for (int64_t k = 0; k < g.depth; ++k, a += g.a_step, b += g.b_row) {
+    Vec<T> bv[V ? V : 1];
+    HalfVec<T> bh;
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) bv[j] = load<Vec<T>>(b + j * kLanes<T>);
+    if (Half) bh = load<HalfVec<T>>(b + V * kLanes<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const T x = a[i * g.a_row];
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) sum[i][j] += x * bv[j];
+      if (Half) half_sum[i] += x * bh;
+    }
+  }
+  T* c = g.c + row * g.c_row + column;
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i, c += g.c_row) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) {
+      if (g.accumulate) sum[i][j] += load<Vec<T>>(c + j * kLanes<T>);
+      store(c + j * kLanes<T>, sum[i][j]);
+    }
+    if (Half) {
+      if (g.accumulate) half_sum[i] += load<HalfVec<T>>(c + V * kLanes<T>);
+      store(c + V * kLanes<T>, half_sum[i]);
+    }
+  }
+}
+
+template <class T, int V, bool Half>
+void gemm_panel(const Gemm<T>& g, int64_t column) {
+  constexpr int R = tile_rows(V + Half);
+  for (int64_t row = 0; row < g.rows; row += R) gemm_tile<T, R, V, Half>(g, row, column);
+}
+
+template <class T, bool Half>
+void gemm_panel(const Gemm<T>& g, int64_t column, int64_t vectors) {
+  switch (vectors) {
+    case 0:
+      if constexpr (Half) gemm_panel<T, 0, true>(g, column);
+      break;
+    case 1:
+      gemm_panel<T, 1, Half>(g, column);
+      break;
+    case 2:
+      gemm_panel<T, 2, Half>(g, column);
+      break;
+    case 3:
+      if constexpr (kWidest >= 3 + Half) gemm_panel<T, 3, Half>(g, column);
+      break;
+    case 4:
+      if constexpr (kWidest >= 4 + Half) gemm_panel<T, 4, Half>(g, column);
+      break;
+    case 5:
+      if constexpr (kWidest >= 5 + Half) gemm_panel<T, 5, Half>(g, column);
+      break;
+  }
+}
+
+template <class T>
+void gemm(const Gemm<T>& g) {
+  int64_t vectors = g.columns / kLanes<T>;
+  bool half = g.columns % kLanes<T> != 0;
+  for (int64_t column = 0; vectors > 0 || half;) {
+    // Panels as even as possible: 8 vectors are 4 + 4, not 5 + 3. A half vector rides with the last panel.
+    const int64_t panels = (vectors + half + kWidest - 1) / kWidest;
+    if (panels == 1 && half) {
+      if constexpr (kHalfVectors) gemm_panel<T, true>(g, column, vectors);
+      return;
+    }
+    const int64_t width = (vectors + half + panels - 1) / panels;
+    gemm_panel<T, false>(g, column, width);
+    vectors -= width;
+    column += width * kLanes<T>;
+  }
+}
+
+}  // namespace
+}  // namespace CK_ISA
+}  // namespace ck

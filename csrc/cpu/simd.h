@@ -1,0 +1,152 @@
+// Vectors of the instruction set that this translation unit is compiled for, through the compilers' vector
+// extensions: arithmetic, comparison and `condition ? a : b` work lane by lane on Vec<T>.
+//
+// Everything that kernels.cpp includes lives in an unnamed namespace and calls no inline function of the
+// standard library: the linker keeps one copy of such a function for the whole program, and it might keep the
+// AVX-512 one.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace ck {
+namespace CK_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRegisters = 32;
+constexpr bool kHalfVectors = true;  // a 512-bit vector's lower half costs half: 40 columns are 16 + 16 + 8
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kRegisters = 16;
+constexpr bool kHalfVectors = false;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kRegisters = 16;
+constexpr bool kHalfVectors = false;
+#endif
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+template <class T>
+using Vec = typename VectorOf<T, kLanes<T>>::type;
+template <class T>
+using HalfVec = typename VectorOf<T, kLanes<T> / 2>::type;
+
+// Columns are padded to whole vectors, or to half vectors where those are cheaper.
+template <class T>
+constexpr int64_t kColumnUnit = kHalfVectors ? kLanes<T> / 2 : kLanes<T>;
+
+inline int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
+template <class V, class T>
+inline V load(const T* source) {
+  V v;
+  __builtin_memcpy(&v, source, sizeof(V));
+  return v;
+}
+
+template <class V, class T>
+inline void store(T* target, V v) {
+  __builtin_memcpy(target, &v, sizeof(V));
+}
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline float sum_lanes(Vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float sum = v[0];
+  for (int i = 1; i < kLanes<float>; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+inline float max_lanes(Vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float max = v[0];
+  for (int i = 1; i < kLanes<float>; ++i) max = v[i] > max ? v[i] : max;
+  return max;
+#endif
+}
+
+inline double sum_lanes(Vec<double> v) {
+  double sum = v[0];
+  for (int i = 1; i < kLanes<double>; ++i) sum += v[i];
+  return sum;
+}
+
+inline double max_lanes(Vec<double> v) {
+  double max = v[0];
+  for (int i = 1; i < kLanes<double>; ++i) max = v[i] > max ? v[i] : max;
+  return max;
+}
+
+// 2^x for x <= 0 (or NaN, which stays NaN); exactly 0 below the normal range. The polynomial is the minimax
+// of 2^f on [-1/2, 1/2] with relative error 2e-9, below float's rounding.
+inline Vec<float> exp2_nonpositive(Vec<float> x) {
+  typedef VectorOf<int32_t, kLanes<float>>::type Int;
+  const Vec<float> lowest = x * 0.f - 126.f;
+  const Vec<float> clamped = x < lowest ? lowest : x;
+  const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const Vec<float> shifted = clamped + shift;
+  const Vec<float> f = clamped - (shifted - shift);
+  Vec<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.f;
+  const Vec<float> power = bit_cast<Vec<float>>(bit_cast<Int>(p) + (bit_cast<Int>(shifted) << 23));
+  return x < lowest ? Vec<float>{} : power;
+}
+
+inline Vec<double> exp2_nonpositive(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+
+// Rows of four, transposed: out[i] = (a[i], b[i], c[i], d[i]).
+template <class T>
+inline void transpose4(typename VectorOf<T, 4>::type a, typename VectorOf<T, 4>::type b,
+                       typename VectorOf<T, 4>::type c, typename VectorOf<T, 4>::type d, T* out,
+                       int64_t stride) {
+#if defined(__clang__)
+#define CK_SHUFFLE(x, y, i, j, k, l) __builtin_shufflevector(x, y, i, j, k, l)
+#else
+  typedef typename VectorOf<typename std::conditional<sizeof(T) == 8, int64_t, int32_t>::type, 4>::type Index;
+#define CK_SHUFFLE(x, y, i, j, k, l) __builtin_shuffle(x, y, Index{i, j, k, l})
+#endif
+  const auto ab_low = CK_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = CK_SHUFFLE(a, b, 2, 6, 3, 7);
+  const auto cd_low = CK_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = CK_SHUFFLE(c, d, 2, 6, 3, 7);
+  store(out, CK_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5));
+  store(out + stride, CK_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7));
+  store(out + 2 * stride, CK_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5));
+  store(out + 3 * stride, CK_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7));
+#undef CK_SHUFFLE
+}
+
+}  // namespace
+}  // namespace CK_ISA
+}  // namespace ck
