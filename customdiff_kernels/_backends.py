@@ -3,20 +3,21 @@
 | backend | module | runs |
 |---|---|---|
 | ``cpu`` | ``_native`` (compiled, ``csrc/cpu``) | CPU tensors |
-| ``triton`` | ``cross_attention/triton.py`` | CUDA tensors; CPU tensors under ``TRITON_INTERPRET=1`` when forced |
+| ``triton`` | ``cross_attention/triton.py`` | CUDA tensors; forced, CPU ones under ``TRITON_INTERPRET=1`` |
 | ``reference`` | ``cross_attention/reference.py`` | anything, when forced |
 
-``CK_BACKEND=reference|cpu|triton`` forces one. There is no fallback: a backend that cannot run is an error that names
-the remedy.
+``CK_BACKEND=reference|cpu|triton`` forces one. There is no fallback: a backend that cannot run is an error
+that names the remedy.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +31,7 @@ class Choice(NamedTuple):
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The backend for tensors of this device and dtype, and the reason. Raises RuntimeError where none can run."""
+    """The backend for tensors of this device and dtype, and why. RuntimeError where none can run."""
     forced = os.environ.get("CK_BACKEND")
     if forced:
         if forced not in NAMES:
@@ -109,3 +110,16 @@ def explain(tensor: torch.Tensor | torch.device | str = "cpu", dtype: torch.dtyp
     except (RuntimeError, ValueError) as refusal:
         return f"none: {refusal}"
     return f"{name}: {reason}"
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation consists of; ``native`` says what was compiled, None if nothing."""
+    from . import __version__
+
+    native = None
+    if is_built():
+        from . import _native
+
+        native = _native.build_info()
+    triton = importlib.metadata.version("triton") if has_triton() else None
+    return {"version": __version__, "torch": torch.__version__, "native": native, "triton": triton}

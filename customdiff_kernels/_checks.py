@@ -1,4 +1,4 @@
-"""Argument checks that the operations share. Every message names the argument, what came and what would do."""
+"""Argument checks that the operations share: each names the argument, what came and what would do."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None
 
 def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     if value.device != reference.device:
-        raise ValueError(f"{name} is on {value.device} and {reference_name} on {reference.device}: move one of them")
+        raise ValueError(
+            f"{name} is on {value.device} and {reference_name} on {reference.device}: move one of them"
+        )
 
 
 def like(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
@@ -59,9 +61,14 @@ def contiguous_rows(name: str, value: Tensor) -> None:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, labels: Tensor | None, table: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    table: Tensor | None,
 ) -> None:
-    """Everything that ``cross_attention`` relies on: query (B,H,N,D), key and value (B,H,S,D), a bias as below."""
+    """What ``cross_attention`` relies on: query (B,H,N,D), key and value (B,H,S,D), a bias as below."""
     scores(query, key)
     like("value", value, "key", key)
     contiguous_rows("value", value)
@@ -82,9 +89,13 @@ def scores(query: Tensor, key: Tensor) -> None:
 
 
 def attention_bias(
-    query: Tensor, scores: tuple[int, int, int, int], bias: Tensor | None, labels: Tensor | None, table: Tensor | None
+    query: Tensor,
+    scores: tuple[int, int, int, int],
+    bias: Tensor | None,
+    labels: Tensor | None,
+    table: Tensor | None,
 ) -> None:
-    """A dense ``bias`` broadcastable to ``scores`` (B,H,N,S), or ``labels`` (B|1,N) with ``table`` (B|1,regions,S)."""
+    """``bias`` broadcastable to ``scores`` (B,H,N,S), or ``labels`` (B|1,N) and ``table`` (B|1,regions,S)."""
     batch, _, n, s = scores
     if (labels is None) != (table is None):
         raise ValueError("labels and table come together (a LayoutBias), got only one of them")
@@ -105,7 +116,9 @@ def attention_bias(
         if labels.dim() != 2 or labels.shape[0] not in (1, batch) or labels.shape[1] != n:
             raise ValueError(f"labels must have shape ({batch} or 1, {n}) (B|1,N), got {tuple(labels.shape)}")
         if table.dim() != 3 or table.shape[0] not in (1, batch) or table.shape[2] != s:
-            raise ValueError(f"table must have shape ({batch} or 1, regions, {s}) (B|1,regions,S), got {tuple(table.shape)}")
+            raise ValueError(
+                f"table must have shape ({batch} or 1, regions, {s}) (B|1,R,S), got {tuple(table.shape)}"
+            )
         contiguous_rows("labels", labels)
         contiguous_rows("table", table)
 
@@ -141,7 +154,7 @@ def kv_block(
     labels: Tensor | None,
     table: Tensor | None,
 ) -> None:
-    """Everything that ``kv_cross_attention`` relies on: hidden (B,N,C), key and value (B,S,inner), w_q (inner,C) ..."""
+    """What ``kv_cross_attention`` relies on: hidden (B,N,C), key and value (B,S,inner), frozen weights."""
     divides(heads, w_q)
     rank("hidden", hidden, "B,N,C")
     floating("hidden", hidden)

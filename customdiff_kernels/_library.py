@@ -1,6 +1,8 @@
-"""Registration of ``torch.ops.customdiff.*``: schema, implementation, fake, autograd and autocast in one call.
+"""Registration of ``torch.ops.customdiff.*``: schema, implementation, fake, autograd and autocast in one
+call.
 
-``Library.define`` costs a few microseconds less a call than ``torch.library.custom_op`` and leaves strides alone.
+``Library.define`` costs a few microseconds less a call than ``torch.library.custom_op`` and leaves strides
+alone.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ def register(
 ) -> None:
     """Define ``customdiff::<schema>``.
 
-    ``cast``: positions of the arguments that a surrounding ``torch.autocast`` casts to its own dtype. Whatever they
-    are, the implementation runs with autocast off, so that its dtypes are those of its arguments.
+    ``cast``: positions of the arguments that a surrounding ``torch.autocast`` casts to its own dtype.
+    Whatever they are, the implementation runs with autocast off, so that its dtypes are those of its
+    arguments.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
@@ -41,7 +44,9 @@ def register(
 
 def _once(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError(f"customdiff::{name} is not differentiable (a gradient of a gradient is not offered)")
+        raise RuntimeError(
+            f"customdiff::{name} is not differentiable (a gradient of a gradient is not offered)"
+        )
 
     return backward
 

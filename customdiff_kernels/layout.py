@@ -1,4 +1,4 @@
-"""LayoutBias: Cones 2's layout guidance as one label a pixel and one row of token biases a label (equation 7)."""
+"""LayoutBias: Cones 2's layout guidance (equation 7) as a label a pixel and a row of token biases a label."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class LayoutBias:
 
     Args:
         labels: (B or 1, N) integers in 0 … regions−1, one a pixel, rows first; kept as int32.
-        table: (B or 1, regions, S) floating: what each text token's score receives in each region. May need a gradient.
-        scale: number or 0-dim tensor, Cones 2's η(t), e.g. ``weight * math.log1p(sigma**2) * ck.score_std(q, k)``.
-            The bias is added after the attention's own scale; the published code adds it before D^(−1/2), so multiply
-            by that here to reproduce it. May need a gradient.
+        table: (B or 1, regions, S) floating: what each text token's score receives in each region. May need a
+        gradient. scale: number or 0-dim tensor, Cones 2's η(t), e.g. ``weight * math.log1p(sigma**2) *
+            ck.score_std(q, k)``. The bias is added after the attention's own scale; the published code adds
+            it before D^(−1/2), so multiply by that here to reproduce it. May need a gradient.
 
     Raises:
         TypeError, ValueError: naming the argument. Labels are checked against the table here, once.
@@ -36,7 +36,9 @@ class LayoutBias:
         if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
             raise TypeError(f"labels must be integers, got {str(labels.dtype).removeprefix('torch.')}")
         if labels.shape[0] != table.shape[0] and 1 not in (labels.shape[0], table.shape[0]):
-            raise ValueError(f"labels and table must agree in batch, got {labels.shape[0]} and {table.shape[0]}")
+            raise ValueError(
+                f"labels and table must agree in batch, got {labels.shape[0]} and {table.shape[0]}"
+            )
         if labels.numel() and not torch.compiler.is_compiling():
             low, high = (int(x) for x in labels.aminmax())
             if low < 0 or high >= table.shape[1]:
@@ -49,7 +51,7 @@ class LayoutBias:
         self.scale = _scale(scale)
 
     def with_scale(self, scale: float | Tensor) -> LayoutBias:
-        """The same layout with another scale: one a denoising step. Tensors are shared, nothing is copied or checked."""
+        """The same layout with another scale, e.g. each denoising step's; tensors are shared, not copied."""
         other = object.__new__(LayoutBias)
         other.labels, other.table, other.scale = self.labels, self.table, _scale(scale)
         return other
@@ -62,7 +64,7 @@ class LayoutBias:
         return other
 
     def dense(self) -> Tensor:
-        """The whole bias, (B|1, 1, N, S) in the table's dtype: what this class avoids; for checks and pictures."""
+        """The whole bias (B|1, 1, N, S) in the table's dtype: for checks and pictures only."""
         batch = max(self.labels.shape[0], self.table.shape[0])
         table = self.scaled_table(self.table.dtype).expand(batch, -1, -1)
         rows = self.labels.long().expand(batch, -1).unsqueeze(-1).expand(-1, -1, table.shape[-1])
@@ -77,7 +79,8 @@ class LayoutBias:
 
     def __repr__(self) -> str:
         batch = max(self.labels.shape[0], self.table.shape[0])
-        return f"LayoutBias(batch={batch}, N={self.labels.shape[1]}, regions={self.table.shape[1]}, S={self.table.shape[2]})"
+        regions, s = self.table.shape[1:]
+        return f"LayoutBias(batch={batch}, N={self.labels.shape[1]}, regions={regions}, S={s})"
 
     @classmethod
     def from_boxes(
@@ -95,21 +98,23 @@ class LayoutBias:
         """A layout from one box a subject, at one attention level; call it again for every other ``size``.
 
         Args:
-            boxes: ``{subject: (x0, y0, x1, y1)}`` as fractions of the picture, 0 … 1, x to the right and y down. Boxes
-                may overlap. A pixel belongs to a box that covers at least half of the pixel's area; a box too small
-                for that gets the pixels that it covers most of.
-            tokens: ``{subject: [positions]}`` of the subject's words in the prompt, 0 … ``n_tokens``−1 (0 is the start
-                token). A position may serve several subjects and then counts as inside in the region of each.
+            boxes: ``{subject: (x0, y0, x1, y1)}`` as fractions of the picture, 0 … 1, x to the right and y
+                down. Boxes may overlap. A pixel belongs to a box that covers at least half of the pixel's
+                area; a box too small for that gets the pixels that it covers most of.
+            tokens: ``{subject: [positions]}`` of the subject's words in the prompt, 0 … ``n_tokens``−1 (0 is
+                the start token). A position may serve several subjects and then counts as inside in the
+                region of each.
             size: (h, w) of the attention level; N = h·w.
             n_tokens: S, the length of the context.
             positive, negative: γ⁺ and γ⁻: the bias of a subject's tokens inside and outside its own region.
-            outside: the bias of the subjects' tokens at pixels in no region at all; default ``negative``. The paper
-                writes 0 there, the published code γ⁻. γ⁻ is the default because the published figures come from the
-                code, and because with 0 a subject is free to grow in the background, which is no other's region.
+            outside: the bias of the subjects' tokens at pixels in no region at all; default ``negative``. The
+                paper writes 0 there, the published code γ⁻. γ⁻ is the default because the published figures
+                come from the code, and because with 0 a subject is free to grow in the background, which is
+                no other's region.
 
         Returns:
-            LayoutBias with labels (1, N) int32 and table (1, regions, S) float32, a region being a combination of
-            subjects that occurs.
+            LayoutBias with labels (1, N) int32 and table (1, regions, S) float32, a region being a
+            combination of subjects that occurs.
 
         Raises:
             TypeError, ValueError: naming the subject whose box or tokens are wrong.
@@ -135,10 +140,11 @@ class LayoutBias:
         outside: float | None = None,
         scale: float | Tensor = 1.0,
     ) -> LayoutBias:
-        """A layout from one mask a subject: ``{subject: (height, width)}``, bool or 0 … 1, each of any resolution.
+        """A layout from one mask a subject: ``{subject: (height, width)}``, bool or 0 … 1, each of any
+        resolution.
 
-        A mask is brought to ``size`` by area: a pixel belongs to a subject whose mask covers at least half of it. So
-        the same masks serve every attention level. All else as :meth:`from_boxes`.
+        A mask is brought to ``size`` by area: a pixel belongs to a subject whose mask covers at least half of
+        it. So the same masks serve every attention level. All else as :meth:`from_boxes`.
         """
         height, width = _size(size)
         shares = {}
@@ -148,16 +154,19 @@ class LayoutBias:
             area = mask.detach().to("cpu", torch.float64)
             if not area.numel() or area.min() < 0 or area.max() > 1 or not area.any():
                 raise ValueError(
-                    f"masks[{name!r}] must be bool or in 0 … 1 and not empty, got shape {tuple(mask.shape)}, {mask.dtype}"
+                    f"masks[{name!r}] must be bool or 0 … 1, not empty; got {tuple(mask.shape)} {mask.dtype}"
                     + (f", values {area.min():g} … {area.max():g}" if area.numel() else "")
                 )
-            rows, columns = (_overlap(*_cells(n), out) for n, out in zip(area.shape, (height, width), strict=True))
+            rows, columns = (
+                _overlap(*_cells(n), out) for n, out in zip(area.shape, (height, width), strict=True)
+            )
             shares[name] = rows @ area @ columns.T
         return cls._from_shares("masks", shares, tokens, n_tokens, positive, negative, outside, scale)
 
     @classmethod
     def stack(cls, layouts: Sequence[LayoutBias | None]) -> LayoutBias:
-        """One layout for a batch from one layout a row, or None for a row without (e.g. the unconditional half).
+        """One layout for a batch from one layout a row, or None for a row without (e.g. the unconditional
+        half).
 
         All must agree in N and S and be on one device; scales are folded into the tables.
         """
@@ -174,7 +183,9 @@ class LayoutBias:
                 rows.append(first.table.new_zeros(1, regions, s))
                 continue
             if layout.labels.shape != (1, n) or layout.table.shape[::2] != (1, s):
-                raise ValueError(f"layouts[{i}] must have batch 1, N={n} and S={s} as the first, got {layout}")
+                raise ValueError(
+                    f"layouts[{i}] must have batch 1, N={n} and S={s} as the first, got {layout}"
+                )
             labels[i] = layout.labels[0]
             table = layout.scaled_table(first.table.dtype)
             rows.append(torch.nn.functional.pad(table, (0, 0, 0, regions - table.shape[1])))
@@ -192,7 +203,7 @@ class LayoutBias:
         outside: float | None,
         scale: float | Tensor,
     ) -> LayoutBias:
-        """``shares``: {subject: (h,w) share of each pixel that is covered}. Half a pixel decides; never a blend."""
+        """``shares``: {subject: (h,w) covered share of each pixel}. Half a pixel decides; never a blend."""
         _check_tokens(what, shares, tokens, n_tokens)
         inside = torch.stack([_region(share) for share in shares.values()], -1).flatten(0, 1)  # (N, subjects)
         combinations, labels = inside.unique(dim=0, return_inverse=True)  # (regions, subjects), (N,)
@@ -207,7 +218,9 @@ class LayoutBias:
         return cls(labels.view(1, -1), table.unsqueeze(0), scale)
 
 
-def bias_arguments(bias: Tensor | LayoutBias | None, query: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def bias_arguments(
+    bias: Tensor | LayoutBias | None, query: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dense bias with 4 dimensions, labels, table with the scale folded in) for the operators."""
     if bias is None:
         return None, None, None
@@ -216,7 +229,9 @@ def bias_arguments(bias: Tensor | LayoutBias | None, query: Tensor) -> tuple[Ten
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a torch.Tensor, a LayoutBias or None, got {type(bias).__name__}")
     if bias.dtype is torch.bool:
-        raise TypeError("bias is added to the scores and must be floating, got bool; use 0 and -inf, e.g. torch.where")
+        raise TypeError(
+            "bias is added to the scores and must be floating, got bool; use 0 and -inf, e.g. torch.where"
+        )
     if bias.dim() > 4:
         raise ValueError(f"bias must be broadcastable to (B,H,N,S), got {tuple(bias.shape)}")
     return bias[(None,) * (4 - bias.dim())], None, None
@@ -241,20 +256,24 @@ def _box(name: str, box: Box) -> Box:
         raise ValueError(f"boxes[{name!r}] must be (x0, y0, x1, y1), got {box!r}")
     x0, y0, x1, y1 = (float(x) for x in box)
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        raise ValueError(
-            f"boxes[{name!r}] must satisfy 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 (fractions of the picture), got {box!r}"
-        )
+        raise ValueError(f"boxes[{name!r}] must satisfy 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got {box!r}")
     return x0, y0, x1, y1
 
 
-def _check_tokens(what: str, shares: Mapping[str, Tensor], tokens: Mapping[str, Sequence[int]], n_tokens: int) -> None:
+def _check_tokens(
+    what: str, shares: Mapping[str, Tensor], tokens: Mapping[str, Sequence[int]], n_tokens: int
+) -> None:
     if not shares:
         raise ValueError(f"{what} must name at least one subject, got none")
     if set(tokens) != set(shares):
-        raise ValueError(f"{what} and tokens must name the same subjects, got {sorted(shares)} and {sorted(tokens)}")
+        raise ValueError(
+            f"{what} and tokens must name the same subjects, got {sorted(shares)} and {sorted(tokens)}"
+        )
     for name, positions in tokens.items():
         if not positions or any(not isinstance(j, int) or not 0 <= j < n_tokens for j in positions):
-            raise ValueError(f"tokens[{name!r}] must be positions in 0 … {n_tokens - 1} (n_tokens={n_tokens}), got {positions!r}")
+            raise ValueError(
+                f"tokens[{name!r}] must be positions in 0 … {n_tokens - 1} (n_tokens), got {positions!r}"
+            )
 
 
 def _cells(n: int) -> tuple[list[float], list[float]]:
@@ -269,5 +288,5 @@ def _overlap(starts: list[float], stops: list[float], n: int) -> Tensor:
 
 
 def _region(share: Tensor) -> Tensor:
-    """Half covered or, where no pixel is, covered most. The slack absorbs the rounding of edges such as 1/3."""
+    """Half covered or, where no pixel is, covered most. The slack absorbs the rounding of 1/3 and such."""
     return share >= min(0.5, float(share.max())) - 1e-9

@@ -20,21 +20,25 @@ def cross_attention(
     """softmax(query keyᵀ · scale + bias) value, for a context of any length; fastest up to 128 text tokens.
 
     Args:
-        query: (B, H, N, D) float32, bfloat16, float16 or float64. Any strides of B, H and N (expanded ones included);
-            the last dimension must be contiguous. Under ``torch.autocast`` it is cast, as key and value are.
+        query: (B, H, N, D) float32, bfloat16, float16 or float64. Any strides of B, H and N (expanded ones
+            included); the last dimension must be contiguous. Under ``torch.autocast`` it is cast, as key and
+            value are.
         key, value: (B, H, S, D), dtype and device of ``query``; strides as there.
-        bias: added after the scale. A tensor broadcastable to (B, H, N, S) in query's dtype or float32, −inf and −1e8
-            included, or a :class:`LayoutBias` (Cones 2, equation 7), whose (N, S) matrix is never built.
+        bias: added after the scale. A tensor broadcastable to (B, H, N, S) in query's dtype or float32, −inf
+            and −1e8 included, or a :class:`LayoutBias` (Cones 2, equation 7), whose (N, S) matrix is never
+            built.
         scale: number, default D^(−1/2).
 
     Returns:
-        (B, H, N, D) in query's dtype and memory order. A row with every score −inf is zero. Differentiable once in
-        query, key, value, a dense bias, and a layout's table and scale; the result has the same bits on every run.
+        (B, H, N, D) in query's dtype and memory order. A row with every score −inf is zero. Differentiable
+        once in query, key, value, a dense bias, and a layout's table and scale; the result has the same bits
+        on every run.
 
     Raises:
         TypeError: a dtype that is not supported or differs from query's.
         ValueError: a shape, device or stride that does not fit; the message names the argument.
-        RuntimeError: no backend can run (see :func:`customdiff_kernels.explain`); the message says what would help.
+        RuntimeError: no backend can run (see :func:`customdiff_kernels.explain`); the message says what would
+        help.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _checks.is_tensor(name, tensor)
@@ -48,14 +52,16 @@ def cross_attention(
 def score_std(query: Tensor, key: Tensor) -> Tensor:
     """The unbiased standard deviation of every score in query keyᵀ, all batch rows and heads together.
 
-    In O((N + S) D²) from ``Σq·Σk`` and ``tr((qᵀq)(kᵀk))``, without the scores; no scale is applied. Cones 2 multiplies
-    its layout by ``log(1 + σ²) · score_std(query, key)``: see :class:`LayoutBias`, whose ``scale`` takes the result.
+    In O((N + S) D²) from ``Σq·Σk`` and ``tr((qᵀq)(kᵀk))``, without the scores; no scale is applied. Cones 2
+    multiplies its layout by ``log(1 + σ²) · score_std(query, key)``: see :class:`LayoutBias`, whose ``scale``
+    takes the result.
 
     Args:
         query: (B, H, N, D) floating, last dimension contiguous. key: (B, H, S, D), same dtype and device.
 
     Returns:
-        0-dim tensor, float32 (float64 for float64), on query's device; NaN for fewer than two scores. Differentiable.
+        0-dim tensor, float32 (float64 for float64), on query's device; NaN for fewer than two scores.
+        Differentiable.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`cross_attention`.

@@ -1,8 +1,8 @@
 """``customdiff::cross_attention``, its backward, and ``customdiff::score_std``: schema, fake, autograd.
 
-The operators check their arguments (the kernels behind them take raw pointers), allocate the results and hand over to
-the backend that ``_backends`` chooses. Results keep the memory order of their argument: a query that is a view
-(B,H,N,D) of (B,N,H,D) memory gives a result whose ``transpose(1, 2).reshape(B, N, H * D)`` is free.
+The operators check their arguments (the kernels behind them take raw pointers), allocate the results and hand
+over to the backend that ``_backends`` chooses. Results keep the memory order of their argument: a query that
+is a view (B,H,N,D) of (B,N,H,D) memory gives a result whose ``transpose(1, 2).reshape(B, N, H * D)`` is free.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def run_backward(
     scale: float,
     grads: Sequence[Tensor | None],
 ) -> None:
-    """Fill ``grads`` (of query, key, value, bias, table; None where not wanted) through the chosen backend."""
+    """Fill ``grads`` (of query, key, value, bias, table; None: not wanted) through the chosen backend."""
     wanted = [grad for grad in grads if grad is not None]
     if query.numel() == 0 or key.shape[2] == 0:
         for grad in wanted:
@@ -120,7 +120,7 @@ def run_backward(
 
 
 def empty_gradients(inputs: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
-    """Room for the gradients of (query, key, value, bias, table). The last two are summed in float32 (float64)."""
+    """Room for the gradients of (query, key, value, bias, table); the last two in float32 (float64)."""
     sums = _checks.sum_dtype(inputs[0].dtype)
     return [
         torch.empty_like(x, dtype=sums if i > 2 else None) if want and x is not None else None
@@ -131,7 +131,8 @@ def empty_gradients(inputs: Sequence[Any], needed: Sequence[bool]) -> list[Tenso
 def finished(grads: Sequence[Tensor | None], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """The gradients in their arguments' dtypes; an empty tensor for one that was not wanted."""
     return tuple(
-        inputs[0].new_empty(0) if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)
+        inputs[0].new_empty(0) if grad is None else grad.to(x.dtype)
+        for grad, x in zip(grads, inputs, strict=True)
     )
 
 
@@ -143,7 +144,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5)]
     grads = torch.ops.customdiff.cross_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, needed)
-    query, key, value, bias, table = (grad if want else None for grad, want in zip(grads, needed, strict=True))
+    query, key, value, bias, table = (
+        grad if want else None for grad, want in zip(grads, needed, strict=True)
+    )
     return query, key, value, bias, None, table, None
 
 
@@ -170,7 +173,7 @@ def _std_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _std_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """∂std/∂q = (q (kᵀk) − μ 1 (Σ k)ᵀ) / ((n−1) std) and the mirror image for k; in D×D products, as the forward."""
+    """∂std/∂q = (q (kᵀk) − μ 1 (Σ k)ᵀ) / ((n−1) std), and its mirror image for k; D×D products only."""
     query, key, std = ctx.saved_tensors
     q, k = query.to(std.dtype), key.to(std.dtype)
     n = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
@@ -195,8 +198,15 @@ register(
     cast=(0, 1, 2),
 )
 register(
-    f"cross_attention_backward(Tensor grad_out, {_INPUTS}, bool[5] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"cross_attention_backward(Tensor grad_out, {_INPUTS}, bool[5] needed)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-register("score_std(Tensor query, Tensor key) -> Tensor", _std, _std_fake, setup_context=_std_setup, backward=_std_autograd)
+register(
+    "score_std(Tensor query, Tensor key) -> Tensor",
+    _std,
+    _std_fake,
+    setup_context=_std_setup,
+    backward=_std_autograd,
+)

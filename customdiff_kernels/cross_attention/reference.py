@@ -1,7 +1,8 @@
 """The specification in plain PyTorch, in the symbols of MATH.md. Float64 capable; builds the scores.
 
-``cross_attention_reference`` is differentiable by autograd and is what all backends are tested against. The three
-functions after it offer the same as every backend (``CK_BACKEND=reference``), with the gradients written out.
+``cross_attention_reference`` is differentiable by autograd and is what all backends are tested against. The
+three functions after it offer the same as every backend (``CK_BACKEND=reference``), with the gradients
+written out.
 """
 
 from __future__ import annotations

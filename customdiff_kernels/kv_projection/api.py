@@ -15,15 +15,16 @@ def kv_project(context: Tensor, weight: Tensor, frozen_tokens: int = 0) -> Tenso
 
     Args:
         context: (B, S, E) text features.
-        weight: (R, E), all layers' K and V rows (``KVStack.weight``). Another dtype than ``context``'s is fine, see
-            Returns.
-        frozen_tokens: the first so many tokens give no gradient to ``weight`` and receive none: Custom Diffusion
-            detaches the start token (1).
+        weight: (R, E), all layers' K and V rows (``KVStack.weight``). Another dtype than ``context``'s is
+            fine, see Returns.
+        frozen_tokens: the first so many tokens give no gradient to ``weight`` and receive none: Custom
+            Diffusion detaches the start token (1).
 
     Returns:
-        (B, S, R) in the promotion of both dtypes, or in autocast's dtype under ``torch.autocast``; float32 master
-        weights are then cast inside the call, nothing cast is saved, and their gradient is float32. Cut it into
-        layers with one ``split``: slices would make the backward pass add up one (B, S, R) gradient each.
+        (B, S, R) in the promotion of both dtypes, or in autocast's dtype under ``torch.autocast``; float32
+        master weights are then cast inside the call, nothing cast is saved, and their gradient is float32.
+        Cut it into layers with one ``split``: slices would make the backward pass add up one (B, S, R)
+        gradient each.
 
     Raises:
         TypeError: an argument that is no floating tensor. ValueError: a shape or device that does not fit.
@@ -50,19 +51,19 @@ def kv_cross_attention(
 
     Args:
         hidden: (B, N, C) image tokens.
-        key, value: (B, S, inner), dtype of ``hidden``: views of the stacked projection, read where they lie (any
-            strides, last dimension contiguous).
-        w_q: (inner, C), w_out: (C, inner), b_out: (C,): frozen; any floating dtype, cast to hidden's inside the call.
-        heads: number of heads, a divisor of ``inner``.
+        key, value: (B, S, inner), dtype of ``hidden``: views of the stacked projection, read where they lie
+            (any strides, last dimension contiguous).
+        w_q: (inner, C), w_out: (C, inner), b_out: (C,): frozen; any floating dtype, cast to hidden's inside
+        the call. heads: number of heads, a divisor of ``inner``.
         bias, scale: as :func:`cross_attention`.
 
     Returns:
-        (B, N, C) in hidden's dtype (autocast's under ``torch.autocast``). Differentiable once in hidden, key, value and
-        the bias; saved for that are these alone, the queries and probabilities are computed again.
+        (B, N, C) in hidden's dtype (autocast's under ``torch.autocast``). Differentiable once in hidden, key,
+        value and the bias; saved for that are these alone, the queries and probabilities are computed again.
 
     Raises:
-        ValueError: a shape, device or stride that does not fit; or a weight that requires a gradient while gradients
-            are on: it would get none.
+        ValueError: a shape, device or stride that does not fit; or a weight that requires a gradient while
+            gradients are on: it would get none.
         TypeError, RuntimeError: as :func:`cross_attention`.
     """
     tensors = {"hidden": hidden, "key": key, "value": value, "w_q": w_q, "w_out": w_out}

@@ -1,7 +1,7 @@
 """``customdiff::kv_project``, ``customdiff::kv_cross_attention`` and their backwards: schema, fake, autograd.
 
-The projections are library GEMMs; the attention between them goes through the backend that ``_backends`` chooses.
-Weights of another dtype than the activations are cast inside, so that no cast copy outlives a call.
+The projections are library GEMMs; the attention between them goes through the backend that ``_backends``
+chooses. Weights of another dtype than the activations are cast inside, so that no cast copy outlives a call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .. import _checks
 from .._library import register
 from ..cross_attention.ops import empty_gradients, finished, run_backward, run_forward
 
-# --- kv_project ------------------------------------------------------------------------------------------------------
+# --- kv_project -----------------------------------------------------------------------------------
 
 
 def _project(context: Tensor, weight: Tensor, frozen_tokens: int) -> Tensor:
@@ -33,7 +33,7 @@ def _project_fake(context: Tensor, weight: Tensor, frozen_tokens: int) -> Tensor
 def _project_backward(
     grad: Tensor, context: Tensor, weight: Tensor, frozen_tokens: int, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """dc = g W, zero at frozen tokens; dW = gᵀ c without their rows. The small factor c is zeroed, not the large g cut."""
+    """dc = g W, zero at frozen tokens; dW = gᵀ c without their rows (zeroed in c, the small one)."""
     _checks.projection(context, weight, frozen_tokens)
     expected = (*context.shape[:2], weight.shape[0])
     _checks.shape("grad", grad, expected, "(B,S,R)")
@@ -86,7 +86,7 @@ register(
     _project_backward_fake,
 )
 
-# --- kv_cross_attention ----------------------------------------------------------------------------------------------
+# --- kv_cross_attention ---------------------------------------------------------------------------
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -186,8 +186,8 @@ def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     for name, wants in zip(("w_q", "w_out", "b_out"), ctx.needs_input_grad[3:6], strict=True):
         if wants:
             raise ValueError(
-                f"{name} is frozen in kv_cross_attention and gets no gradient, but it has requires_grad=True; call "
-                f"{name}.requires_grad_(False), or train it with cross_attention between your own projections"
+                f"{name} is frozen in kv_cross_attention and gets no gradient, but has requires_grad=True; call "
+                f"{name}.requires_grad_(False), or train it with cross_attention between your projections"
             )
     ctx.save_for_backward(hidden, key, value, w_q, w_out, bias, labels, table)
 
@@ -198,14 +198,16 @@ def _attend_autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.customdiff.kv_cross_attention_backward(
         grad_out, *inputs, ctx.heads, bias, labels, table, ctx.scale, needed
     )
-    hidden, key, value, bias, table = (grad if want else None for grad, want in zip(grads, needed, strict=True))
+    hidden, key, value, bias, table = (
+        grad if want else None for grad, want in zip(grads, needed, strict=True)
+    )
     return hidden, key, value, None, None, None, None, bias, None, table, None
 
 
+_INPUTS = "Tensor hidden, Tensor key, Tensor value, Tensor w_q, Tensor w_out"
 _BIAS = "Tensor? bias, Tensor? labels, Tensor? table, float scale"
 register(
-    "kv_cross_attention(Tensor hidden, Tensor key, Tensor value, Tensor w_q, Tensor w_out, Tensor? b_out, int heads, "
-    f"{_BIAS}) -> Tensor",
+    f"kv_cross_attention({_INPUTS}, Tensor? b_out, int heads, {_BIAS}) -> Tensor",
     _attend,
     _attend_fake,
     setup_context=_attend_setup,
@@ -213,8 +215,8 @@ register(
     cast=(0, 1, 2),
 )
 register(
-    "kv_cross_attention_backward(Tensor grad_out, Tensor hidden, Tensor key, Tensor value, Tensor w_q, Tensor w_out, "
-    f"int heads, {_BIAS}, bool[5] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"kv_cross_attention_backward(Tensor grad_out, {_INPUTS}, int heads, {_BIAS}, bool[5] needed)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attend_backward,
     _attend_backward_fake,
 )

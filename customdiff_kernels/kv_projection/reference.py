@@ -1,4 +1,4 @@
-"""The specification in plain PyTorch, in the symbols of MATH.md; differentiable by autograd, float64 capable."""
+"""The specification in plain PyTorch, in the symbols of MATH.md; autograd, float64 capable."""
 
 from __future__ import annotations
 

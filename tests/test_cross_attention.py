@@ -1,0 +1,453 @@
+"""customdiff::cross_attention and customdiff::score_std on every backend, against the float64 reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import customdiff_kernels as ck
+from customdiff_kernels import _backends
+from customdiff_kernels.cross_attention.reference import cross_attention_reference, score_std_reference
+
+pytestmark = pytest.mark.usefixtures("poison")
+OPS = torch.ops.customdiff
+
+# (B, H, N, S, D): the levels of DESIGN's three models with fewer image tokens; longer contexts; odd sizes
+SHAPES = [
+    (2, 8, 128, 77, 40),
+    (1, 8, 96, 77, 80),
+    (1, 8, 64, 77, 160),
+    (1, 5, 300, 77, 64),
+    (1, 10, 100, 77, 64),
+    (1, 2, 64, 154, 64),
+    (1, 2, 33, 512, 64),
+    (1, 1, 1, 1, 8),
+    (3, 2, 17, 5, 24),
+    (1, 2, 7, 128, 36),
+    (1, 2, 65, 81, 33),
+]
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def eager(query, key, value, bias, labels, table, scale):
+    """The peer of the 2x rule: what a user would write, in the tensors' own dtype."""
+    s = query @ key.mT * scale
+    if labels is not None:
+        rows = labels.long().expand(query.shape[0], -1)
+        bias = torch.stack(
+            [t[r] for t, r in zip(table.expand(query.shape[0], -1, -1), rows, strict=True)]
+        ).unsqueeze(1)
+    if bias is not None:
+        s = s + bias.to(s.dtype)
+    return s.softmax(-1) @ value
+
+
+def inputs(shape, dtype, device="cpu", bias="none", grad=True):
+    """(query, key, value, bias, labels, table) for the operators; query, key, value as views of (B,N,H,D)."""
+    b, h, n, s, d = shape
+    q, k, v = (torch.randn(b, m, h, d, dtype=dtype, device=device).transpose(1, 2) for m in (n, s, s))
+    dense = torch.randn(b, 1, n, s, dtype=dtype, device=device) if bias == "dense" else None
+    labels = torch.randint(0, 5, (1, n), dtype=torch.int32, device=device) if bias == "layout" else None
+    sums = torch.float64 if dtype is torch.float64 else torch.float32
+    table = torch.randn(b, 5, s, dtype=sums, device=device) if bias == "layout" else None
+    found = [q, k, v, dense, labels, table]
+    return [x.detach().requires_grad_() if grad and x is not None and x is not labels else x for x in found]
+
+
+def gradients(function, args, scale, upstream):
+    """(output, gradients of the floating arguments) with leaves of our own."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) if x is not None else None for x in args]
+    out = function(*leaves, scale)
+    wanted = [x for x in leaves if x is not None and x.requires_grad]
+    return out, torch.autograd.grad(out, wanted, upstream.to(out.dtype))
+
+
+def check_against_eager(args, scale, no_worse):
+    exact_args = [x.double() if x is not None and x.is_floating_point() else x for x in args]
+    upstream = torch.randn_like(args[0]).to(args[0].dtype)
+    exact, exact_grads = gradients(cross_attention_reference, exact_args, scale, upstream)
+    peer, peer_grads = gradients(eager, args, scale, upstream)
+    ours, our_grads = gradients(OPS.cross_attention.default, args, scale, upstream)
+    no_worse("output", ours, peer, exact)
+    names = [
+        n for n, x in zip("query key value bias labels table".split(), args, strict=True) if x is not None
+    ]
+    names = [n for n in names if n != "labels"]
+    for name, o, p, e in zip(names, our_grads, peer_grads, exact_grads, strict=True):
+        no_worse(f"gradient of {name}", o, p, e)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_at_most_twice_eager(shape, dtype, backend, device, no_worse):
+    kind = ("none", "dense", "layout")[SHAPES.index(shape) % 3]
+    check_against_eager(inputs(shape, dtype, device, kind), shape[-1] ** -0.5, no_worse)
+
+
+@pytest.mark.parametrize("kind", ["none", "dense", "layout"])
+def test_sd_levels_with_every_bias(kind, backend, device, no_worse):
+    for shape in SHAPES[:4]:
+        check_against_eager(inputs(shape, torch.float32, device, kind), shape[-1] ** -0.5, no_worse)
+
+
+@st.composite
+def cases(draw):
+    b, h, n = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 70))
+    s, d = draw(st.integers(1, 140)), draw(st.integers(1, 100))
+    memory = draw(st.tuples(*[st.sampled_from(["bhnd", "bnhd", "sliced", "one batch", "one head"])] * 3))
+    dtype = draw(st.sampled_from(LOW))
+    pattern = draw(st.none() | st.tuples(*[st.booleans()] * 4))  # which dimensions of a dense bias are 1
+    layout = (
+        draw(st.none() | st.tuples(st.booleans(), st.booleans(), st.integers(1, 9)))
+        if pattern is None
+        else None
+    )
+    return (b, h, n, s, d), memory, dtype, pattern, layout, draw(st.sampled_from([0.05, 0.3, -0.2]))
+
+
+def strided(shape, memory, dtype, device):
+    b, h, n, d = shape
+    if memory == "bnhd":
+        return torch.randn(b, n, h, d, dtype=dtype, device=device).transpose(1, 2)
+    if memory == "sliced":  # a layer's part of the stacked projection
+        return torch.randn(b, n + 2, 3, h, d + 3, dtype=dtype, device=device)[:, 1:-1, 1, :, 2:-1].transpose(
+            1, 2
+        )
+    if memory == "one batch":
+        return torch.randn(1, h, n, d, dtype=dtype, device=device).expand(b, -1, -1, -1)
+    if memory == "one head":
+        return torch.randn(b, 1, n, d, dtype=dtype, device=device).expand(-1, h, -1, -1)
+    return torch.randn(b, h, n, d, dtype=dtype, device=device)
+
+
+@settings(max_examples=60)
+@given(case=cases())
+def test_random_shapes_and_strides(case, backend, device, no_worse):
+    (b, h, n, s, d), memory, dtype, pattern, layout, scale = case
+    torch.manual_seed(0)
+    q, k, v = (
+        strided((b, h, m, d), where, dtype, device) for m, where in zip((n, s, s), memory, strict=True)
+    )
+    bias = labels = table = None
+    if pattern is not None:
+        sizes = [1 if one else full for one, full in zip(pattern, (b, h, n, s), strict=True)]
+        bias = torch.randn(sizes, dtype=dtype, device=device)
+    if layout is not None:
+        one_labels, one_table, regions = layout
+        labels = torch.randint(0, regions, (1 if one_labels else b, n), dtype=torch.int32, device=device)
+        table = torch.randn(1 if one_table else b, regions, s, device=device)
+    check_against_eager([q, k, v, bias, labels, table], scale, no_worse)
+
+
+@pytest.mark.parametrize("kind", ["none", "dense", "layout"])
+def test_gradcheck(kind, backend64):
+    args = inputs((2, 2, 5, 4, 3), torch.float64, bias=kind)
+    assert torch.autograd.gradcheck(lambda *x: OPS.cross_attention.default(*x, 0.7), args)
+
+
+@pytest.mark.parametrize("pattern", [(1, 2, 1, 4), (2, 1, 5, 1), (1, 1, 1, 1)], ids=str)
+def test_gradcheck_broadcast_bias(pattern, backend64):
+    q, k, v, *_ = inputs((2, 2, 5, 4, 3), torch.float64)
+    bias = torch.randn(pattern, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *x: OPS.cross_attention.default(*x, None, None, 0.7), (q, k, v, bias)
+    )
+
+
+def test_every_combination_of_requires_grad(backend, device):
+    for kind, fourth in (("dense", 3), ("layout", 5)):
+        args = inputs((2, 2, 9, 6, 8), torch.float32, device, kind, grad=False)
+        upstream = torch.randn(2, 2, 9, 8, device=device)
+        _, everything = gradients(OPS.cross_attention.default, args, 0.4, upstream)
+        for wants in itertools.product([False, True], repeat=4):
+            leaves = list(args)
+            for i, want in zip((0, 1, 2, fourth), wants, strict=True):
+                leaves[i] = args[i].detach().requires_grad_(want)
+            out = OPS.cross_attention.default(*leaves, 0.4)
+            assert out.requires_grad == any(wants)
+            if any(wants):
+                out.backward(upstream)
+            for i, want, expected in zip((0, 1, 2, fourth), wants, everything, strict=True):
+                assert (leaves[i].grad is not None) == want
+                assert not want or torch.equal(leaves[i].grad, expected)
+
+
+def test_one_tensor_in_every_place(backend64):
+    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ck.cross_attention(x, x, x), (x,))
+
+
+def test_expanded_and_transposed_upstream_gradients(backend, device):
+    q, k, v, *_ = inputs((2, 2, 9, 6, 8), torch.float32, device)
+    out = ck.cross_attention(q, k, v)
+    ones = torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
+    summed = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    transposed = torch.autograd.grad(out, (q, k, v), torch.ones(2, 2, 8, 9, device=device).mT)
+    for a, b, c in zip(ones, summed, transposed, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_scale_defaults_to_one_over_sqrt_d_and_bias_comes_after_it(backend, device):
+    q, k, v, *_ = inputs((1, 2, 6, 5, 16), torch.float32, device, grad=False)
+    bias = torch.randn(6, 5, device=device)
+    expected = (q @ k.mT / 4 + bias).softmax(-1) @ v
+    torch.testing.assert_close(ck.cross_attention(q, k, v, bias), expected)
+    torch.testing.assert_close(ck.cross_attention(q, k, v, bias, scale=0.25), expected)
+
+
+def test_result_keeps_the_memory_order_of_query(backend, device):
+    q, k, v, *_ = inputs((2, 3, 6, 5, 8), torch.float32, device, grad=False)
+    assert ck.cross_attention(q, k, v).transpose(1, 2).is_contiguous()
+    assert ck.cross_attention(q.contiguous(), k, v).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_masked_rows_are_zero_and_masked_keys_are_gone(dtype, backend, device):
+    q, k, v, *_ = inputs((1, 2, 6, 5, 8), dtype, device)
+    mask = torch.zeros(1, 1, 6, 5, device=device)
+    mask[..., 3:] = -torch.inf
+    mask[:, :, 2] = -torch.inf
+    out = ck.cross_attention(q, k, v, mask)
+    grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    assert not out[:, :, 2].any() and not grads[0][:, :, 2].any()
+    assert not grads[1][:, :, 3:].any() and not grads[2][:, :, 3:].any()
+    assert all(g.isfinite().all() for g in grads)
+    short = ck.cross_attention(q, k[:, :, :3], v[:, :, :3])
+    tolerance = 4 * torch.finfo(dtype).eps
+    live = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(out[:, :, live], short[:, :, live], atol=tolerance, rtol=tolerance)
+
+
+def test_a_row_of_equal_large_negative_biases_is_unbiased(backend, device):
+    q, k, v, *_ = inputs((1, 1, 4, 5, 8), torch.float32, device, grad=False)
+    some = torch.zeros(4, 5, device=device)
+    some[:, 2:] = -1e8
+    torch.testing.assert_close(
+        ck.cross_attention(q, k, v, some), ck.cross_attention(q, k[:, :, :2], v[:, :, :2])
+    )
+    whole = torch.full((4, 5), -1e8, device=device)  # scores round away beside it: the mean of the values
+    torch.testing.assert_close(ck.cross_attention(q, k, v, whole), v.mean(2, keepdim=True).expand_as(q))
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 3, 4, 8), (1, 0, 3, 4, 8), (1, 2, 0, 4, 8), (1, 2, 3, 0, 8)], ids=str
+)
+def test_empty(shape, backend, device):
+    q, k, v, *_ = inputs(shape, torch.float32, device)
+    out = ck.cross_attention(q, k, v)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.shape == q.shape and not out.any()
+    assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["none", "dense", "layout"])
+def test_same_bits_on_every_run_and_at_any_thread_count(kind, backend, device):
+    args = inputs((2, 3, 500, 77, 40), torch.float32, device, kind, grad=False)
+    upstream = torch.randn(2, 3, 500, 40, device=device)
+    threads = torch.get_num_threads()
+    seen = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            out, grads = gradients(OPS.cross_attention.default, args, 0.2, upstream)
+            seen.append([out, *grads])
+    finally:
+        torch.set_num_threads(threads)
+    if backend == "reference":  # library products: the same only at one thread count
+        seen = seen[1::2]
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["none", "dense", "layout"])
+def test_opcheck(kind, backend, device):
+    args = inputs((2, 2, 5, 4, 8), torch.float32, device, kind)
+    torch.library.opcheck(OPS.cross_attention.default, (*args, 0.3))
+    grads = [x.detach() if x is not None else None for x in args]
+    for needed in ([True] * 3 + [kind == "dense", kind == "layout"], [False, True, True, False, False]):
+        torch.library.opcheck(
+            OPS.cross_attention_backward.default,
+            (torch.randn(2, 2, 5, 8, device=device), *grads, 0.3, needed),
+        )
+
+
+def test_opcheck_score_std(backend, device):
+    q, k, *_ = inputs((2, 2, 5, 4, 8), torch.float32, device)
+    torch.library.opcheck(OPS.score_std.default, (q, k))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_a_graph_break(dynamic, backend, device):
+    def guided(q, k, v, layout, sigma):
+        scale = 0.1 * torch.log1p(sigma**2) * ck.score_std(q, k)
+        return ck.cross_attention(q, k, v, layout.with_scale(scale)) + ck.cross_attention(q, k, v)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(guided, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (9, 12):
+        q, k, v, _, labels, table = inputs((2, 2, n, 6, 8), torch.float32, device, "layout")
+        layout = ck.LayoutBias(labels, table)
+        sigma = torch.tensor(2.0, device=device)
+        results = []
+        for function in (guided, compiled):
+            out = function(q, k, v, layout, sigma)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, table))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_gradient_of_a_gradient_is_refused(backend, device):
+    q, k, v, *_ = inputs((1, 1, 4, 4, 8), torch.float32, device)
+    (grad,) = torch.autograd.grad(ck.cross_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        grad.sum().backward()
+
+
+def test_autocast_casts_to_its_dtype_and_gradients_come_back(backend, device):
+    q, k, v, *_ = inputs((1, 2, 9, 6, 8), torch.float32, device)
+    bias = torch.randn(9, 6, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = ck.cross_attention(q, k.bfloat16(), v, bias)
+        out.float().sum().backward()  # inside the block, where autocast is still on
+    assert out.dtype is torch.bfloat16 and q.grad.dtype is torch.float32
+    expected = ck.cross_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias)
+    assert torch.equal(out, expected)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert ck.score_std(q, k).dtype is torch.float32
+
+
+GOOD = {"query": (1, 2, 6, 8), "key": (1, 2, 5, 8), "value": (1, 2, 5, 8)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
+        ({"query": torch.zeros(6, 8)}, ValueError, r"query must have shape \(B,H,N,D\), got \(6, 8\)"),
+        ({"query": torch.zeros(1, 2, 6, 8, dtype=torch.int64)}, TypeError, "query must be .*got int64"),
+        ({"key": torch.zeros(1, 2, 8)}, ValueError, "key must have shape"),
+        ({"key": torch.zeros(1, 3, 5, 8)}, ValueError, r"key must have shape \(1, 2, 5, 8\)"),
+        ({"key": torch.zeros(1, 2, 5, 4)}, ValueError, "key must have shape"),
+        (
+            {"key": torch.zeros(1, 2, 5, 8, dtype=torch.bfloat16)},
+            TypeError,
+            "key must be float32, got bfloat16",
+        ),
+        ({"key": torch.zeros(1, 2, 5, 8, device="meta")}, ValueError, "key is on meta and query on cpu"),
+        ({"value": torch.zeros(1, 2, 6, 8)}, ValueError, "value must have shape .* as key"),
+        ({"value": torch.zeros(1, 2, 5, 8, dtype=torch.float64)}, TypeError, "value must be float32"),
+        (
+            {"value": torch.zeros(1, 2, 8, 5).mT},
+            ValueError,
+            r"value must be contiguous in its last .*\.contiguous\(\)",
+        ),
+        ({"query": torch.zeros(1, 2, 8, 6).mT}, ValueError, "query must be contiguous in its last"),
+        ({"bias": torch.zeros(6, 4)}, ValueError, r"bias must be broadcastable to \(B,H,N,S\)"),
+        ({"bias": torch.zeros(1, 1, 1, 6, 5)}, ValueError, "bias must be broadcastable"),
+        ({"bias": torch.zeros(6, 5, dtype=torch.bool)}, TypeError, "got bool; use 0 and -inf"),
+        ({"bias": torch.zeros(6, 5, dtype=torch.float64)}, TypeError, "bias must be float32"),
+        ({"bias": 0.5}, TypeError, "bias must be a torch.Tensor, a LayoutBias or None, got float"),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else None,
+)
+def test_bad_input_is_named(change, error, message):
+    arguments = {name: torch.zeros(shape) for name, shape in GOOD.items()} | change
+    with pytest.raises(error, match=message):
+        ck.cross_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("labels", "table", "message"),
+    [
+        ((1, 7), (1, 3, 5), r"labels must have shape \(2 or 1, 6\)"),
+        ((3, 6), (1, 3, 5), "labels must have shape"),
+        ((1, 6), (1, 3, 4), r"table must have shape \(2 or 1, regions, 5\)"),
+        ((1, 6), (3, 3, 5), "table must have shape"),
+    ],
+)
+def test_layout_of_another_size_is_named(labels, table, message):
+    q, k = torch.zeros(2, 2, 6, 8), torch.zeros(2, 2, 5, 8)
+    layout = ck.LayoutBias(torch.zeros(labels, dtype=torch.int64), torch.zeros(table))
+    with pytest.raises(ValueError, match=message):
+        ck.cross_attention(q, k, k, layout)
+
+
+def test_operators_check_their_arguments_too():
+    q, k = torch.zeros(2, 2, 6, 8), torch.zeros(2, 2, 5, 8)
+    labels, table = torch.zeros(1, 6, dtype=torch.int32), torch.zeros(1, 1, 5)
+    with pytest.raises(ValueError, match="labels and table come together"):
+        OPS.cross_attention(q, k, k, None, labels, None, 1.0)
+    with pytest.raises(TypeError, match="labels must be int32"):
+        OPS.cross_attention(q, k, k, None, labels.long(), table, 1.0)
+    with pytest.raises(ValueError, match="got both"):
+        OPS.cross_attention(q, k, k, torch.zeros(1, 1, 6, 5), labels, table, 1.0)
+    with pytest.raises(ValueError, match="grad_out must have shape"):
+        OPS.cross_attention_backward(k, q, k, k, None, None, None, 1.0, [True] * 3 + [False] * 2)
+
+
+# --- score_std ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:4], (3, 2, 17, 5, 24), (1, 1, 1, 2, 8)], ids=str)
+def test_score_std(shape, dtype, backend, device):
+    if dtype is torch.float64 and backend == "triton":
+        pytest.skip("no float64 there")
+    q, k, *_ = inputs(shape, dtype, device, grad=False)
+    q = q + 0.5  # a mean, so that the second term counts
+    found = ck.score_std(q, k)
+    assert found.shape == () and found.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), score_std_reference(q.double(), k.double()), rtol=1e-5, atol=0)
+
+
+def test_score_std_gradcheck_and_edges(backend64):
+    q, k, *_ = inputs((2, 2, 5, 4, 3), torch.float64)
+    assert torch.autograd.gradcheck(ck.score_std, (q, k))
+    assert ck.score_std(torch.ones(1, 1, 1, 3), torch.ones(1, 1, 1, 3)).isnan()
+    assert ck.score_std(torch.ones(1, 2, 4, 3), torch.ones(1, 2, 5, 3)) == 0
+    with pytest.raises(ValueError, match="key must have shape"):
+        ck.score_std(torch.ones(1, 2, 4, 3), torch.ones(1, 2, 5, 4))
+    with pytest.raises(TypeError, match="query must be a torch.Tensor"):
+        ck.score_std(None, k)
+
+
+# --- which backend --------------------------------------------------------------------------------
+
+
+def test_backend_choice_and_its_reasons(monkeypatch):
+    monkeypatch.delenv("CK_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q = torch.zeros(1, 1, 2, 8)
+    assert ck.explain(q).startswith("cpu: ") and ck.explain("cpu", torch.float64).startswith("cpu: ")
+    monkeypatch.setenv("CK_BACKEND", "reference")
+    assert ck.explain(q) == "reference: CK_BACKEND forces it"
+    monkeypatch.setenv("CK_BACKEND", "triton")
+    assert "TRITON_INTERPRET=1" in ck.explain(q)
+    with pytest.raises(RuntimeError, match="CK_BACKEND=triton cannot run: it takes CUDA tensors"):
+        ck.cross_attention(q, q, q)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "float64" in ck.explain("cpu", torch.float64)
+    monkeypatch.setenv("CK_BACKEND", "fast")
+    with pytest.raises(ValueError, match="CK_BACKEND must be one of reference, cpu, triton, got 'fast'"):
+        ck.cross_attention(q, q, q)
+
+
+def test_a_missing_backend_is_an_error_that_names_the_remedy(monkeypatch):
+    monkeypatch.delenv("CK_BACKEND", raising=False)
+    monkeypatch.setattr(_backends, "is_built", lambda: False)
+    monkeypatch.setattr(_backends, "has_triton", lambda: False)
+    q = torch.zeros(1, 1, 2, 8)
+    with pytest.raises(RuntimeError, match="native library is not built; pip install"):
+        ck.cross_attention(q, q, q)
+    assert "pip install triton" in ck.explain("cuda")
+    assert "no backend for mps" in ck.explain("mps")
+
+
+def test_build_info_names_versions():
+    info = ck.build_info()
+    assert info["version"] == ck.__version__ and info["torch"] == torch.__version__
+    assert info["native"] and "triton" in info
