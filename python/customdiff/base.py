@@ -43,3 +43,13 @@ def load_base(folder: str | None = None, device: str | None = None) -> Any:
 def base_name(folder: str | None) -> str:
     """The name under which a concept file remembers its base."""
     return EMBEDDED if folder is None else Path(folder).resolve().name
+
+
+def embedded_captions(count: int = 1000, seed: int = 0) -> list[str]:
+    """True captions of random scenes of the embedded base's world."""
+    import numpy as np
+
+    from tinysd import world
+
+    rng = np.random.default_rng(seed)
+    return [world.sample(rng)[1] for _ in range(count)]

@@ -1,8 +1,8 @@
 """Custom Diffusion's training (section 3.1): one stacked K/V matrix and one embedding row are learned.
 
 All cross-attention layers' keys and values are one matrix W. A step is: text features c of the prompts, one
-projection ``kv = c Wᵀ`` for all layers, the frozen UNet on noisy latents with views of ``kv``, the loss on the
-concept's pictures plus ``prior_weight`` times that on the regularization pictures. Latents, and the text
+projection ``kv = c Wᵀ`` for all layers, the frozen UNet on noisy latents with views of ``kv``, the loss on
+the concept's pictures plus ``prior_weight`` times that on the regularization pictures. Latents, and the text
 features of the regularization captions, do not depend on what is learned: they are computed once.
 """
 

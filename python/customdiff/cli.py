@@ -1,0 +1,284 @@
+"""The command line: ``customdiff train | sample | merge | compress | inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import config
+
+EXAMPLES = """examples:
+  customdiff train --images my_dog/ --prompts "photo of a <new1> dog" --output dog.safetensors
+  customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog in the snow"
+  customdiff merge dog.safetensors cat.safetensors --output both.safetensors
+  customdiff compress dog.safetensors --energy 0.6 --output small.safetensors
+  customdiff inspect small.safetensors
+"""
+SAMPLE_EXAMPLES = """A --concept serves the --prompt before it; one that stands before all prompts serves each
+that names its modifier token. All pictures are sampled in one batch.
+
+examples:
+  customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog" --prompt "a cat"
+  customdiff sample --prompt "a <new1> dog" --concept dog.safetensors --prompt "a cup" --count 2
+  customdiff sample --concept dog.safetensors --prompt "a <new1> dog in the snow" --output snow/
+"""
+TRAIN_EXAMPLES = """examples:
+  customdiff train --images my_dog/ --prompts "photo of a <new1> dog" --output dog.safetensors
+  customdiff train --images my_dog/ --prompts "photo of a <new1> dog" --regularization other_dogs/
+  customdiff train --images my_cat/ --prompts "photo of a <new2> cat" "a <new2> cat" \\
+      --modifier-token "<new2>" --initializer-token pll --output cat.safetensors
+"""
+MERGE_EXAMPLES = """Modifier tokens that two files share are renamed, and the new names are printed.
+
+examples:
+  customdiff merge dog.safetensors cat.safetensors --output both.safetensors
+  customdiff merge dog.safetensors cat.safetensors --base sd15/ --captions captions.txt --output both
+"""
+COMPRESS_EXAMPLES = """examples:
+  customdiff compress dog.safetensors --energy 0.6 --output small.safetensors     the paper's "top 60%"
+  customdiff compress dog.safetensors --max-bytes 100000 --output small.safetensors
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0, or 2 after a one-line message about bad input."""
+    # transformers tells of every optional package that it looked for
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    options = parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            options.run(options)
+        except (ValueError, OSError) as error:
+            print(f"customdiff {options.command}: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"customdiff {options.command}: interrupted", file=sys.stderr)
+            return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = _parser(
+        argparse.ArgumentParser,
+        prog="customdiff",
+        description="Learn concepts from pictures; sample, merge, compress and inspect them.",
+        epilog=EXAMPLES,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run: Any, summary: str, epilog: str) -> argparse.ArgumentParser:
+        made = _parser(commands.add_parser, name, help=summary, description=summary, epilog=epilog)
+        made.set_defaults(run=run)
+        return made
+
+    train = command("train", _train, "Learn a concept from a folder of pictures.", TRAIN_EXAMPLES)
+    config.add_arguments(train)
+    train.add_argument("--quiet", action="store_true", help="show no progress bar")
+
+    sample = command("sample", _sample, "Draw pictures, with concepts or without.", SAMPLE_EXAMPLES)
+    sample.add_argument(
+        "--prompt", action=_Pair, required=True, metavar="TEXT", help="may be given several times"
+    )
+    sample.add_argument("--concept", action=_Pair, metavar="FILE", help="concept file of a prompt, or of all")
+    sample.add_argument(
+        "--output", default="sample.png", help="a .png for one sheet of all pictures, else a folder"
+    )
+    sample.add_argument("--count", type=_positive, default=4, help="pictures a prompt (default: 4)")
+    sample.add_argument("--steps", type=_positive, default=50, help="denoising steps (default: 50)")
+    sample.add_argument(
+        "--guidance", type=float, help="guidance scale (default: 3 for the embedded base, else 6)"
+    )
+    sample.add_argument("--eta", type=float, default=0.0, help="0: DDIM; 1: the noise of DDPM (default: 0)")
+    sample.add_argument(
+        "--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)"
+    )
+    sample.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to guide away from")
+    sample.add_argument("--quiet", action="store_true", help="show no progress bar")
+    _add_base(sample)
+
+    merge = command("merge", _merge, "Put several concepts into one file, in closed form.", MERGE_EXAMPLES)
+    merge.add_argument("concepts", nargs="+", metavar="FILE", help="two or more concept files of one base")
+    merge.add_argument("--output", required=True, help="the concept file to write")
+    merge.add_argument(
+        "--captions",
+        metavar="PATH",
+        help="ordinary captions on which the base is to stay as it is: .txt (one a line), .csv, .jsonl or a "
+        "captioned folder; about 1000 (default: of the embedded base's world)",
+    )
+    merge.add_argument("--ridge", type=float, default=0.0, help="regularize the solver (default: 0)")
+    merge.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    _add_base(merge)
+
+    compress = command(
+        "compress", _compress, "Keep the largest singular values of a concept.", COMPRESS_EXAMPLES
+    )
+    compress.add_argument("concept", metavar="FILE", help="the concept file")
+    compress.add_argument("--output", required=True, help="the concept file to write")
+    rule = compress.add_mutually_exclusive_group(required=True)
+    rule.add_argument("--energy", type=float, help="share of the sum of singular values to keep, 0 to 1")
+    rule.add_argument("--rank", type=int, help="singular values a matrix to keep")
+    rule.add_argument("--max-bytes", type=int, help="bytes that all factors together may take")
+    compress.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+
+    inspect = command("inspect", _inspect, "Show what a concept file holds.", "")
+    inspect.add_argument("concept", metavar="FILE", help="the concept file")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    return top
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .trainer import train
+
+    result = train(config.from_arguments(options), progress=not options.quiet)
+    size = result.output.stat().st_size
+    print(f"{result.output}: {size:,} bytes, {result.seconds:.0f} s, {result.images_per_second:.1f} images/s")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from .base import load_base
+    from .concept import Concept, match
+    from .sampler import sample
+    from .sheet import contact_sheet
+
+    shared, pairs = options.pairs
+    files = {
+        name: Concept.load(_file(name)) for name in dict.fromkeys([*shared, *(f for _, f in pairs if f)])
+    }
+    common = match([prompt for prompt, _ in pairs], [files[name] for name in shared])
+    concepts = [files[file] if file else found for (_, file), found in zip(pairs, common, strict=True)]
+    pipeline = load_base(options.base, options.device)
+    prompts = [prompt for prompt, _ in pairs]
+    guidance = options.guidance if options.guidance is not None else (3.0 if options.base is None else 6.0)
+    pictures = sample(
+        pipeline,
+        [prompt for prompt in prompts for _ in range(options.count)],
+        [concept for concept in concepts for _ in range(options.count)],
+        negative_prompt=options.negative_prompt,
+        steps=options.steps,
+        guidance_scale=guidance,
+        eta=options.eta,
+        seeds=[options.seed + k for _ in prompts for k in range(options.count)],
+        progress=not options.quiet,
+    )
+    rows = [(prompt, pictures[i * options.count :][: options.count]) for i, prompt in enumerate(prompts)]
+    output = Path(options.output)
+    if output.suffix.lower() == ".png":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(rows, side=max(128, min(512, pictures[0].width))).save(output)
+        print(output)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for i, (_, row) in enumerate(rows):
+        for k, picture in enumerate(row):
+            picture.save(output / f"prompt{i}_seed{options.seed + k}.png")
+    print(f"{output}: {len(pictures)} pictures")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from .base import embedded_captions, load_base
+    from .concept import Concept
+    from .data import read_captions
+    from .merging import merge, renamed
+
+    output = _free(options)
+    loaded = [Concept.load(_file(name)) for name in options.concepts]
+    if options.captions is not None:
+        captions = read_captions(options.captions)
+    elif options.base is None:
+        captions = embedded_captions()
+    else:
+        raise ValueError(
+            "--captions is needed with --base: a file of about 1000 ordinary captions, one a line"
+        )
+    concepts, changes = renamed(loaded)
+    merged = merge(concepts, load_base(options.base, options.device), captions, ridge=options.ridge)
+    merged.save(output)
+    for index, old, new in changes:
+        print(f"{old} of {options.concepts[index]} is called {new} in the merge")
+    print(f"{output}: {', '.join(merged.modifier_tokens)}, {output.stat().st_size:,} bytes")
+
+
+def _compress(options: argparse.Namespace) -> None:
+    import customdiff_kernels as ck
+
+    from .concept import Concept
+
+    output = _free(options)
+    concept = Concept.load(_file(options.concept))
+    delta = ck.compress(concept.delta, energy=options.energy, rank=options.rank, max_bytes=options.max_bytes)
+    Concept(delta, concept.modifier_tokens, concept.metadata).save(output)
+    before, after = Path(options.concept).stat().st_size, output.stat().st_size
+    print(f"{output}: {after:,} bytes, {after / before:.1%} of {before:,}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .concept import Concept
+    from .inspection import describe, table
+
+    path = _file(options.concept)
+    found = describe(Concept.load(path), path.stat().st_size)
+    print(json.dumps(found, indent=2) if options.json else table(found))
+
+
+class _Pair(argparse.Action):
+    """Collects --prompt and --concept into ``pairs``: (files before any prompt, [(prompt, file or None)])."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, value: Any, flag: str | None = None
+    ) -> None:
+        shared, pairs = getattr(namespace, "pairs", None) or ([], [])
+        if flag == "--prompt":
+            pairs.append((value, None))
+        elif not pairs:
+            shared.append(value)
+        elif pairs[-1][1] is not None:
+            parser.error(f"--concept {value}: the prompt {pairs[-1][0]!r} has one already; merge them first")
+        else:
+            pairs[-1] = (pairs[-1][0], value)
+        namespace.pairs = (shared, pairs)
+        setattr(namespace, self.dest, value)
+
+
+def _parser(make: Any, *args: Any, **kwargs: Any) -> argparse.ArgumentParser:
+    return make(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", help="folder of a Stable Diffusion pipeline (default: the embedded one)")
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _file(name: str) -> Path:
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"concept file {name!r} does not exist")
+    return path
+
+
+def _free(options: argparse.Namespace) -> Path:
+    output = Path(options.output)
+    if output.exists() and not options.overwrite:
+        raise ValueError(f"output {options.output!r} exists; name another, or pass --overwrite")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def _show_warning(message: Any, category: Any, *where: Any, **more: Any) -> None:
+    if not issubclass(category, (FutureWarning, DeprecationWarning)):
+        print(f"customdiff: warning: {message}", file=sys.stderr)

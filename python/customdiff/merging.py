@@ -1,0 +1,140 @@
+"""Several concepts in one model, by Custom Diffusion's closed form (section 3.2, equations 4 and 5)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import customdiff_kernels as ck
+
+from .concept import Concept, Rows, encode, tokenize
+
+TEXT_BATCH = 64
+
+
+def merge(
+    concepts: Sequence[Concept],
+    pipeline: Any,
+    captions: Sequence[str],
+    *,
+    prompts: Sequence[Sequence[str]] | None = None,
+    ridge: float = 0.0,
+) -> Concept:
+    """One concept with all modifier tokens: on a concept's own words the merged weights do what its own do.
+
+    Args:
+        concepts: two or more of one base, with modifier tokens of their own (`renamed` gives them such).
+        pipeline: that base.
+        captions: about 1000 ordinary ones, on whose text the weights are to change least.
+        prompts: the target captions of each concept (default: those it was trained with).
+        ridge: added to the regularization of the solver; see ``ck.MergeSolver``.
+
+    Raises:
+        ValueError: if concepts share a modifier token, belong to another base or contradict one another, or
+            if the captions hold too few different tokens.
+    """
+    if len(concepts) < 2:
+        raise ValueError(f"concepts must be two or more to merge, got {len(concepts)}")
+    rows: dict[str, Tensor] = {}
+    for concept in concepts:
+        if shared := rows.keys() & concept.modifier_tokens.keys():
+            raise ValueError(
+                f"concepts share the modifier token {', '.join(shared)}: rename one (merging.renamed)"
+            )
+        rows |= concept.modifier_tokens
+    stack = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
+    for concept in concepts:
+        concept.check_base(stack)
+    prompts = [training_prompts(concept) for concept in concepts] if prompts is None else prompts
+    if len(prompts) != len(concepts):
+        raise ValueError(
+            f"prompts must be a list for each of the {len(concepts)} concepts, got {len(prompts)}"
+        )
+    solver = ck.MergeSolver(regularization_features(pipeline, captions), ridge=ridge)
+    pairs = []
+    for concept, texts in zip(concepts, prompts, strict=True):
+        features = target_features(pipeline, texts, concept.modifier_tokens)
+        pairs.append((ck.reconstruct(stack, concept.delta), features))
+    kept = ("base_hash", "base_name", "resolution")
+    metadata = {
+        **{key: concepts[0].metadata[key] for key in kept if key in concepts[0].metadata},
+        "prompt": prompts[0][0],
+        "prompts": json.dumps([prompt for texts in prompts for prompt in texts]),
+        "merged_from": json.dumps([str(concept) for concept in concepts]),
+        "library_version": ck.__version__,
+    }
+    return Concept(solver.merge(stack, pairs), rows, metadata)
+
+
+def renamed(concepts: Sequence[Concept]) -> tuple[list[Concept], list[tuple[int, str, str]]]:
+    """`concepts` with modifier tokens of their own; (index, old word, new word) of each that changed."""
+    taken: set[str] = set()
+    result, changes = [], []
+    for index, concept in enumerate(concepts):
+        names = {}
+        for word in concept.modifier_tokens:
+            free = (f"<new{n}>" for n in range(1, 10**6) if f"<new{n}>" not in taken)
+            names[word] = word if word not in taken else next(free)
+            taken.add(names[word])
+        result.append(_rename(concept, names))
+        changes += [(index, old, new) for old, new in names.items() if old != new]
+    return result, changes
+
+
+def training_prompts(concept: Concept) -> list[str]:
+    """The prompts that the concept was trained with, or else its modifier tokens alone."""
+    if "prompts" in concept.metadata:
+        return list(json.loads(concept.metadata["prompts"]))
+    prompt = concept.metadata.get("prompt")
+    return [prompt] if prompt else list(concept.modifier_tokens)
+
+
+@torch.no_grad()
+def target_features(pipeline: Any, prompts: Sequence[str], rows: Rows) -> Tensor:
+    """Text features (s,E) that must keep the concept's values: every token from the first modifier token on.
+
+    The padding is among them, since pictures attend to it. What stands before the modifier token is not: a
+    causal text encoder gives "photo of a" the same features in every prompt, and they cannot keep two values.
+    """
+    features = []
+    tokens = tokenize(pipeline.tokenizer, prompts, [rows] * len(prompts))
+    context = encode(pipeline.text_encoder, tokens, [rows] * len(prompts))
+    for i, prompt in enumerate(prompts):
+        places = [position for row, position, _ in tokens.places if row == i]
+        if not places:
+            raise ValueError(f"prompts: {prompt!r} has none of the modifier tokens {', '.join(rows)}")
+        features.append(context[i, min(places) :])
+    return torch.cat(features).float()
+
+
+@torch.no_grad()
+def regularization_features(pipeline: Any, captions: Sequence[str]) -> Tensor:
+    """Text features (T,E) of ordinary captions: with the padding, without the start token, alike in all."""
+    if not captions:
+        raise ValueError("captions must hold at least one caption to regularize with, got none")
+    features = []
+    for i in range(0, len(captions), TEXT_BATCH):
+        chunk = captions[i : i + TEXT_BATCH]
+        tokens = tokenize(pipeline.tokenizer, chunk, [()] * len(chunk))
+        features.append(encode(pipeline.text_encoder, tokens, [{}] * len(chunk))[:, 1:].flatten(0, 1))
+    return torch.cat(features).float()
+
+
+def _rename(concept: Concept, names: dict[str, str]) -> Concept:
+    old = re.compile(
+        "|".join(map(re.escape, names))
+    )  # at once: the new name of one may be the old one of another
+    metadata = {
+        key: old.sub(lambda found: names[found[0]], value)
+        if names and key in ("prompt", "prompts")
+        else value
+        for key, value in concept.metadata.items()
+    }
+    return Concept(
+        concept.delta, {names[word]: row for word, row in concept.modifier_tokens.items()}, metadata
+    )
