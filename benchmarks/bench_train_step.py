@@ -1,6 +1,6 @@
 """One K/V-only training step: this library against diffusers' Custom Diffusion processors.
 
-Forward and backward of the attention module alone, at the largest level of SD 1.x, and of a whole UNet of SD's
+Forward and backward of the attention module alone, at the largest level of SD 1.x, and of a UNet of SD's
 make. Same weights, same inputs, same trainable matrices (to_k, to_v, start token detached); the gradient also
 flows to the hidden states, as it does in all layers but the first, and to the text, as it does for V*.
 """

@@ -56,7 +56,7 @@ class CrossAttnProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -190,17 +190,18 @@ def patched(unet: nn.Module) -> Iterator[list[str]]:
             unpatch_unet(unet)
 
 
-def _attentions(unet: nn.Module) -> dict[str, nn.Module]:
+def _attentions(unet: nn.Module) -> dict[str, Any]:
     if not isinstance(unet, nn.Module):
         raise TypeError(
             f"unet must be a UNet2DConditionModel, not {type(unet).__name__} (a pipeline has it as .unet)"
         )
     from diffusers.models.attention_processor import Attention
 
+    unet = getattr(unet, "_orig_mod", unet)  # what torch.compile wraps: names as KVStack has them
     return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
 
 
-def _cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
+def _cross_attentions(unet: nn.Module) -> dict[str, Any]:
     """The modules whose K/V a Custom Diffusion delta changes: ``attn2`` of every transformer block."""
     return {
         name: attn
@@ -209,19 +210,19 @@ def _cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _drop_our_arguments(attn: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _drop_our_arguments(attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     # diffusers hands cross_attention_kwargs to self-attention too, which would warn about them at every call
     return args, {k: v for k, v in kwargs.items() if k not in ("kv", "bias")}
 
 
 @lru_cache
-def _kernel_class(cls: type) -> type:
+def _kernel_class(cls: Any) -> type:
     return type(f"Kernel{cls.__name__}", (_CustomDiffusion, cls), {"__doc__": _CustomDiffusion.__doc__})
 
 
-def _take_over(name: str, previous: nn.Module) -> CrossAttnProcessor:
+def _take_over(name: str, previous: Any) -> Any:
     processor = copy.copy(previous)  # shallow: parameters and modules stay shared
-    processor.__class__ = _kernel_class(type(previous))
+    processor.__class__ = _kernel_class(previous.__class__)
     vars(processor).update(name=name, previous=previous)  # nn.Module.__setattr__ would register a submodule
     return processor
 
@@ -246,7 +247,7 @@ def _attend(attn, hidden, key, value, to_q, to_out, bias):
     return to_out(out.transpose(1, 2).flatten(2))
 
 
-def _is_frozen(linear: nn.Module) -> bool:
+def _is_frozen(linear: Any) -> bool:
     """Whether its weight may stand for the call: a plain Linear (no LoRA, no hook) that needs no gradient."""
     if type(linear) is not nn.Linear or "forward" in vars(linear):
         return False

@@ -156,6 +156,20 @@ def test_takes_over_custom_diffusion(cls, train_q_out):
     assert all(unet.attn_processors[k] is v for k, v in processors.items())
 
 
+def test_diffusers_saves_the_same_file_after_a_take_over(tmp_path):
+    unet, files = tiny_unet(), []
+    custom_diffusion(unet)
+    for folder in (tmp_path / "before", tmp_path / "after"):
+        unet.save_attn_procs(folder, safe_serialization=False)
+        files.append(torch.load(folder / "pytorch_custom_diffusion_weights.bin"))
+        ck.patch_unet(unet)
+    before, after = files
+    assert list(before) == list(after) and any(
+        name.endswith("to_v_custom_diffusion.weight") for name in after
+    )
+    assert all(torch.equal(w, after[name]) for name, w in before.items() if isinstance(w, torch.Tensor))
+
+
 def test_stacked_projection_matches_custom_diffusion():
     """Our training step (one stacked weight, start token frozen) is diffusers' training step."""
     unet = tiny_unet()
@@ -384,6 +398,13 @@ def test_compiles_without_a_graph_break(frozen):
     hidden, context = torch.randn(2, 16, 32), torch.randn(2, 5, 16)
     compiled = torch.compile(holder.attn2, fullgraph=True, backend="aot_eager")
     assert_all_close([compiled(hidden, context)], [holder.attn2(hidden, context)])
+    kv = {"attn2": (torch.randn(2, 5, 32), torch.randn(2, 5, 32))}
+    assert_all_close([compiled(hidden, context, kv=kv)], [holder.attn2(hidden, context, kv=kv)])
+
+
+def test_a_compiled_unet_keeps_its_names():
+    unet = tiny_unet()
+    assert ck.patch_unet(torch.compile(unet)) == ck.unpatch_unet(unet)
 
 
 def test_nothing_to_patch_is_an_error():
