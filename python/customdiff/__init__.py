@@ -1,6 +1,22 @@
 """customdiff: learn a concept from a few pictures and sample with it, on customdiff_kernels."""
 
-from .concept import Concept, encode_prompts, match
-from .sampler import sample
+from importlib import import_module
+from typing import Any
 
-__all__ = ["Concept", "encode_prompts", "match", "sample"]
+_HOME = {  # imported on first use: the command line's --help needs no torch
+    "Concept": ".concept",
+    "TrainConfig": ".config",
+    "encode_prompts": ".concept",
+    "load_base": ".base",
+    "match": ".concept",
+    "sample": ".sampler",
+    "train": ".trainer",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
