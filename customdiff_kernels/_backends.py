@@ -67,8 +67,10 @@ def refuses(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def is_built() -> bool:
-    """Whether the compiled module lies beside this file."""
-    return importlib.util.find_spec("customdiff_kernels._C") is not None
+    """Whether the compiled module is there and loads."""
+    from . import _native
+
+    return _native.available()
 
 
 @cache
@@ -113,13 +115,13 @@ def explain(tensor: torch.Tensor | torch.device | str = "cpu", dtype: torch.dtyp
 
 
 def build_info() -> dict[str, Any]:
-    """What this installation consists of; ``native`` says what was compiled, None if nothing."""
-    from . import __version__
+    """What this installation consists of; ``native`` says what was compiled."""
+    from . import __version__, _native
 
-    native = None
-    if is_built():
-        from . import _native
-
-        native = _native.build_info()
     triton = importlib.metadata.version("triton") if has_triton() else None
-    return {"version": __version__, "torch": torch.__version__, "native": native, "triton": triton}
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "native": _native.build_info(),
+        "triton": triton,
+    }

@@ -186,8 +186,8 @@ def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     for name, wants in zip(("w_q", "w_out", "b_out"), ctx.needs_input_grad[3:6], strict=True):
         if wants:
             raise ValueError(
-                f"{name} is frozen in kv_cross_attention and gets no gradient, but has requires_grad=True; call "
-                f"{name}.requires_grad_(False), or train it with cross_attention between your projections"
+                f"{name} is frozen in kv_cross_attention and gets no gradient, but has requires_grad=True; "
+                f"call {name}.requires_grad_(False), or train it with cross_attention between projections"
             )
     ctx.save_for_backward(hidden, key, value, w_q, w_out, bias, labels, table)
 
