@@ -20,20 +20,33 @@ from ._backends import build_info, explain
 from .cross_attention import cross_attention, score_std
 from .kv_projection import kv_cross_attention, kv_project
 from .layout import LayoutBias
+from .low_rank import LowRankDelta, compress, reconstruct
+from .merge import ConflictingConstraintsError, MergeSolver, SingularRegularizationError
+from .stack import KVStack, Segment
 
 __version__ = "0.1.0"
 
-_LAZY = {"patch_unet": ".diffusers", "unpatch_unet": ".diffusers"}  # diffusers is optional
+_LAZY = dict.fromkeys(("patch_unet", "patched", "unpatch_unet"), ".diffusers")  # diffusers is optional
 
 __all__ = [
+    "ConflictingConstraintsError",
+    "KVStack",
     "LayoutBias",
+    "LowRankDelta",
+    "MergeSolver",
+    "Segment",
+    "SingularRegularizationError",
     "build_info",
+    "compress",
     "cross_attention",
     "explain",
     "kv_cross_attention",
     "kv_project",
+    "patch_unet",
+    "patched",
+    "reconstruct",
     "score_std",
-    *_LAZY,
+    "unpatch_unet",
 ]
 
 
@@ -41,3 +54,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
