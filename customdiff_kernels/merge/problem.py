@@ -16,7 +16,7 @@ from .constraints import select
 
 @dataclass
 class Problem:
-    """Concept n is ``names[n]`` with ``weights[n]`` and target ``features[n]`` (s_n,E), in the dtype of sums."""
+    """Concept n: ``names[n]``, its ``weights[n]`` and target ``features[n]`` (s_n,E) in the dtype of sums."""
 
     stack: KVStack
     names: list[str]
