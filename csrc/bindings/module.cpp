@@ -36,6 +36,35 @@ py::dict build_info() {
   return info;
 }
 
+// An absent tensor is one that was made without arguments.
+void attention_forward(const ck::Tensor& query, const ck::Tensor& key, const ck::Tensor& value,
+                       const ck::Tensor& bias, const ck::Tensor& labels, const ck::Tensor& table,
+                       double scale, const ck::Tensor& out, int threads) {
+  ck::Attention a;
+  a.query = query, a.key = key, a.value = value;
+  a.bias = bias, a.labels = labels, a.table = table;
+  a.scale = scale;
+  a.out = out;
+  py::gil_scoped_release unlocked;
+  ck::attention_forward(a, threads);
+}
+
+void attention_backward(const ck::Tensor& grad_out, const ck::Tensor& query, const ck::Tensor& key,
+                        const ck::Tensor& value, const ck::Tensor& bias, const ck::Tensor& labels,
+                        const ck::Tensor& table, double scale, const ck::Tensor& grad_query,
+                        const ck::Tensor& grad_key, const ck::Tensor& grad_value, const ck::Tensor& grad_bias,
+                        const ck::Tensor& grad_table, int threads) {
+  ck::Attention a;
+  a.query = query, a.key = key, a.value = value;
+  a.bias = bias, a.labels = labels, a.table = table;
+  a.scale = scale;
+  a.grad_out = grad_out;
+  a.grad_query = grad_query, a.grad_key = grad_key, a.grad_value = grad_value;
+  a.grad_bias = grad_bias, a.grad_table = grad_table;
+  py::gil_scoped_release unlocked;
+  ck::attention_backward(a, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -53,6 +82,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("build_info", &build_info, "Compiler and the instruction sets that this build and machine offer.");
   m.def("cpu_isa", [] { return ck::kernels().name; }, "The instruction set in use.");
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
   m.def(
       "score_moments",
       [](const ck::Tensor& query, const ck::Tensor& key, int threads) {

@@ -29,9 +29,6 @@ constexpr int tile_rows(int vectors) {
   return rows < 12 ? rows : 12;
 }
 
-// The last tile computes whole rows beyond `rows`: A and C are readable and writable up to here.
-constexpr int64_t kSlackRows = 12;
-
 template <class T, int R, int V, bool Half>
 inline void gemm_tile(const Gemm<T>& g, int64_t row, int64_t column) {
   Vec<T> sum[R][V ? V : 1] = {};
@@ -70,7 +67,13 @@ inline void gemm_tile(const Gemm<T>& g, int64_t row, int64_t column) {
 template <class T, int V, bool Half>
 void gemm_panel(const Gemm<T>& g, int64_t column) {
   constexpr int R = tile_rows(V + Half);
-  for (int64_t row = 0; row < g.rows; row += R) gemm_tile<T, R, V, Half>(g, row, column);
+  int64_t row = 0;
+  for (; row + R <= g.rows; row += R) gemm_tile<T, R, V, Half>(g, row, column);
+  if constexpr (R > 4) {
+    for (; row + 4 <= g.rows; row += 4) gemm_tile<T, 4, V, Half>(g, row, column);
+  }
+  for (; row + 2 <= g.rows; row += 2) gemm_tile<T, 2, V, Half>(g, row, column);
+  if (row < g.rows) gemm_tile<T, 1, V, Half>(g, row, column);
 }
 
 template <class T, bool Half>

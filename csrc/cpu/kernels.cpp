@@ -1,6 +1,7 @@
 // Compiled once for each instruction set: CK_ISA is its name, the compiler's flags are its meaning.
 #include "cpu/kernels.h"
 
+#include "cpu/attention_kernels.h"
 #include "cpu/score_moments.h"
 
 #define CK_TEXT(name) CK_TEXT_(name)
@@ -8,9 +9,40 @@
 
 namespace ck {
 namespace CK_ISA {
+namespace {
+
+// float64 tensors are computed in double, all others in float.
+#define CK_BY_TYPE(function, a, ...)                                       \
+  ((a).query.dtype == DType::kFloat64 ? function<double>(a, ##__VA_ARGS__) \
+                                      : function<float>(a, ##__VA_ARGS__))
+
+void attention_forward(const Attention& a, int64_t b, int64_t h, Range queries) {
+  CK_BY_TYPE(forward, a, b, h, queries);
+}
+
+void attention_backward(const Attention& a, const BackwardTask& task) {
+  CK_BY_TYPE(backward, a, task);
+}
+
+PartialBytes partial_bytes(const Attention& a) {
+  return CK_BY_TYPE(partial_sizes, a);
+}
+
+void store_key_value(const Attention& a, int64_t b, int64_t h, const char* partials, int64_t count,
+                     int64_t stride) {
+  CK_BY_TYPE(store_key_value, a, b, h, partials, count, stride);
+}
+
+void store_bias(const Attention& a, int64_t b, int64_t h, const char* partials, int64_t count,
+                int64_t stride) {
+  CK_BY_TYPE(store_bias, a, b, h, partials, count, stride);
+}
+
+}  // namespace
 
 extern const Kernels table;
-const Kernels table = {CK_TEXT(CK_ISA), score_moments};
+const Kernels table = {CK_TEXT(CK_ISA), attention_forward, attention_backward, partial_bytes,
+                       store_key_value, store_bias,        score_moments};
 
 }  // namespace CK_ISA
 }  // namespace ck

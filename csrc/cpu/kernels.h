@@ -5,15 +5,57 @@
 
 namespace ck {
 
-// One (b, h): its sums over the scores q kᵀ and over their squares, without building them.
+// s = query keyᵀ · scale + bias, P = softmax(s), out = P value; and the gradients. Broadcast dimensions of
+// the bias and the table have stride 0. Tensors that are absent (or gradients that are not wanted) are null.
+struct Attention {
+  Tensor query, key, value;    // (B, H, N, D), (B, H, S, D), (B, H, S, D)
+  Tensor bias, labels, table;  // (B, H, N, S), or (B, 1, N, 1) and (B, 1, G, S)
+  double scale = 1;
+  Tensor out;
+  Tensor grad_out, grad_query, grad_key, grad_value;
+  Tensor grad_bias, grad_table;  // their own shapes, with size 1 where they are broadcast
+
+  int64_t batch() const { return query.size[0]; }
+  int64_t heads() const { return query.size[1]; }
+  int64_t queries() const { return query.size[2]; }
+  int64_t keys() const { return key.size[2]; }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Some queries of all the (b, h) that share one bias gradient; a single (b, h) where none is wanted.
+struct BackwardTask {
+  Range batch, heads, queries;
+  // Sums over this task's queries, in the type that the kernel computes in. Overwritten. The partial of (b,
+  // h) is at key_value + (b * H + h) * key_value_stride bytes: dK, then dV.
+  char* key_value;
+  int64_t key_value_stride;
+  void* bias;  // (1, S) of a bias that all queries share, or (G, S) of a table
+};
+
+struct PartialBytes {
+  int64_t key_value, bias;
+};
+
 struct MomentsTask {
-  Tensor query, key;  // (B, H, N, D), (B, H, S, D)
+  Tensor query, key;
   int64_t b, h;
   double sum, sum_of_squares;
 };
 
 struct Kernels {
   const char* name;
+  void (*attention_forward)(const Attention&, int64_t b, int64_t h, Range queries);
+  void (*attention_backward)(const Attention&, const BackwardTask&);
+  PartialBytes (*partial_bytes)(const Attention&);
+  // grad_key[b, h] and grad_value[b, h]: the sum of `count` partials, in order, `stride` bytes apart.
+  void (*store_key_value)(const Attention&, int64_t b, int64_t h, const char* partials, int64_t count,
+                          int64_t stride);
+  // grad_bias[b, h, 0] or grad_table[b, 0], the same way.
+  void (*store_bias)(const Attention&, int64_t b, int64_t h, const char* partials, int64_t count,
+                     int64_t stride);
   void (*score_moments)(MomentsTask&);
 };
 
@@ -24,5 +66,8 @@ const Kernels& kernels();
 
 // Null-terminated list of the instruction sets that this machine can run, best first.
 const Kernels* const* usable_kernels();
+
+// Throws std::out_of_range; here because the kernels themselves stay clear of the standard library.
+[[noreturn]] void fail_label(int64_t label, int64_t regions);
 
 }  // namespace ck

@@ -10,14 +10,15 @@ namespace ck {
 namespace CK_ISA {
 namespace {
 
+constexpr int64_t kMomentRows = 64;
+
 // sum (padded) = Σ rows, gram (padded rows, padded) = XᵀX for the rows X of tensor[b, h].
 inline void row_moments(const Tensor& tensor, int64_t b, int64_t h, int64_t padded, double* rows, double* sum,
                         double* gram) {
-  constexpr int64_t kBlock = 64;
   for (int64_t i = 0; i < padded; ++i) sum[i] = 0;
   for (int64_t i = 0; i < padded * padded; ++i) gram[i] = 0;
-  for (int64_t first = 0; first < tensor.size[2]; first += kBlock) {
-    const int64_t n = tensor.size[2] - first < kBlock ? tensor.size[2] - first : kBlock;
+  for (int64_t first = 0; first < tensor.size[2]; first += kMomentRows) {
+    const int64_t n = tensor.size[2] - first < kMomentRows ? tensor.size[2] - first : kMomentRows;
     load_rows(rows, padded, tensor, b, h, first, n, 1.0);
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t j = 0; j < padded; ++j) sum[j] += rows[i * padded + j];
@@ -27,13 +28,11 @@ inline void row_moments(const Tensor& tensor, int64_t b, int64_t h, int64_t padd
 }
 
 void score_moments(MomentsTask& task) {
-  constexpr int64_t kBlock = 64;
   const int64_t padded = round_up(task.query.size[3], kColumnUnit<double>);
-  const int64_t square = (padded + kSlackRows) * padded;
-  double* memory = static_cast<double*>(
-      thread_scratch((kBlock * padded + kSlackRows + 2 * padded + 2 * square) * sizeof(double)));
-  double* rows = memory;
-  double* query_sum = rows + kBlock * padded + kSlackRows;
+  const int64_t square = padded * padded;
+  double* rows =
+      static_cast<double*>(thread_scratch((kMomentRows * padded + 2 * padded + 2 * square) * sizeof(double)));
+  double* query_sum = rows + kMomentRows * padded;
   double* key_sum = query_sum + padded;
   double* query_gram = key_sum + padded;
   double* key_gram = query_gram + square;

@@ -107,7 +107,7 @@ inline double max_lanes(Vec<double> v) {
 // of 2^f on [-1/2, 1/2] with relative error 2e-9, below float's rounding.
 inline Vec<float> exp2_nonpositive(Vec<float> x) {
   typedef VectorOf<int32_t, kLanes<float>>::type Int;
-  const Vec<float> lowest = x * 0.f - 126.f;
+  const Vec<float> lowest = Vec<float>{} - 126.f;
   const Vec<float> clamped = x < lowest ? lowest : x;
   const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
   const Vec<float> shifted = clamped + shift;

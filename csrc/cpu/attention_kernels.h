@@ -1,0 +1,359 @@
+// Short-context attention of some queries of one (b, h), forward and backward.
+//
+// Kᵀ and V are packed once; then blocks of queries go through
+//
+//     s = q Kᵀ   (rows, S)    p = softmax(s + bias)    o = p V   (rows, D)
+//
+// with s and p in the first-level cache: the whole context is one tile, so there is no online softmax. The
+// backward recomputes p and makes all gradients in the same pass over the queries:
+//
+//     dV += pᵀ dO    dp = dO Vᵀ    ds = p ∘ (dp − rowsum(p ∘ dp))    dQ = scale · ds K    dK += scale · dsᵀ q
+//
+// Scores are kept in units of log 2: scale · log₂e is folded into q as it is loaded, log₂e into the bias.
+// T is float, or double for float64 tensors.
+#pragma once
+
+#include "common/thread_pool.h"
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+namespace ck {
+namespace CK_ISA {
+namespace {
+
+constexpr int64_t kQueryBlock = 40;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Lays buffers of T out one after the other, each on its own cache line; with a null base it only counts.
+template <class T>
+struct Arena {
+  char* base;
+  size_t used = 0;
+
+  T* take(int64_t count) {
+    T* buffer = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(count * sizeof(T), 64);
+    return buffer;
+  }
+};
+
+// The sizes of one problem, padded.
+struct Shape {
+  int64_t depth, keys, padded_depth, padded_keys;
+};
+
+template <class T>
+Shape shape_of(const Attention& a) {
+  const int64_t depth = a.query.size[3], keys = a.keys();
+  return {depth, keys, round_up(depth, kColumnUnit<T>), round_up(keys, kLanes<T>)};
+}
+
+// The bias of a block of queries as pointers to padded rows in units of log 2, -inf beyond the last key.
+template <class T>
+class BiasRows {
+ public:
+  void place(const Attention& a, const Shape& shape, Arena<T>& arena) {
+    padded_ = shape.padded_keys;
+    if (a.table) {
+      rows_ = arena.take(a.table.size[2] * padded_);
+    } else {
+      rows_ = arena.take((a.bias && a.bias.stride[2] ? kQueryBlock : 1) * padded_);
+    }
+  }
+
+  // What does not depend on the query.
+  void begin(const Attention& a, const Shape& shape, int64_t b, int64_t h) {
+    const int64_t rows = a.table ? a.table.size[2] : 1;
+    if (a.table) {
+      load_rows(rows_, padded_, a.table, b, 0, 0, rows, T(kLog2E));
+    } else if (!a.bias) {
+      for (int64_t j = 0; j < padded_; ++j) rows_[j] = 0;
+    } else if (a.bias.stride[2] == 0) {
+      load_rows(rows_, padded_, a.bias, b, h, 0, 1, T(kLog2E));
+    } else {
+      return;
+    }
+    close(rows, shape.keys);
+  }
+
+  void next(const Attention& a, const Shape& shape, int64_t b, int64_t h, int64_t first, int64_t n) {
+    if (a.labels) {
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t label = *static_cast<const int32_t*>(a.labels.at(b, 0, first + i));
+        if (label < 0 || label >= a.table.size[2]) fail_label(label, a.table.size[2]);
+        index_[i] = label;
+      }
+    } else if (a.bias && a.bias.stride[2] != 0) {
+      load_rows(rows_, padded_, a.bias, b, h, first, n, T(kLog2E));
+      close(n, shape.keys);
+      for (int64_t i = 0; i < n; ++i) index_[i] = i;
+    } else {
+      for (int64_t i = 0; i < n; ++i) index_[i] = 0;
+    }
+  }
+
+  const T* row(int64_t i) const { return rows_ + index_[i] * padded_; }
+  int64_t index(int64_t i) const { return index_[i]; }
+
+ private:
+  void close(int64_t rows, int64_t keys) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = keys; j < padded_; ++j) rows_[i * padded_ + j] = -T(__builtin_inf());
+    }
+  }
+
+  T* rows_ = nullptr;
+  int64_t padded_ = 0;
+  int64_t index_[kQueryBlock];
+};
+
+// s -> 2^(s + bias - max), in place; returns 1 / sum, or 0 for a row that is -inf throughout. Scores that are
+// NaN make the sum NaN.
+template <class T>
+inline T softmax_row(T* s, const T* bias, int64_t padded) {
+  Vec<T> max = load<Vec<T>>(s) + load<Vec<T>>(bias);
+  store(s, max);
+  for (int64_t j = kLanes<T>; j < padded; j += kLanes<T>) {
+    const Vec<T> x = load<Vec<T>>(s + j) + load<Vec<T>>(bias + j);
+    store(s + j, x);
+    max = max > x ? max : x;
+  }
+  T largest = max_lanes(max);
+  if (largest == -T(__builtin_inf())) largest = 0;
+  Vec<T> sum = {};
+  for (int64_t j = 0; j < padded; j += kLanes<T>) {
+    const Vec<T> p = exp2_nonpositive(load<Vec<T>>(s + j) - largest);
+    store(s + j, p);
+    sum += p;
+  }
+  const T total = sum_lanes(sum);
+  return total == 0 ? T(0) : 1 / total;
+}
+
+template <class T>
+struct ForwardBuffers {
+  T *keys, *keys_t, *values;              // (S, D), (D, S), (S, D)
+  T *query, *scores, *out, *inverse_sum;  // blocks of queries
+  BiasRows<T> bias;
+
+  size_t place(const Attention& a, const Shape& shape, void* base) {
+    Arena<T> arena{static_cast<char*>(base)};
+    keys_t = arena.take(shape.depth * shape.padded_keys);
+    values = arena.take(shape.keys * shape.padded_depth);
+    query = arena.take(kQueryBlock * shape.padded_depth);
+    scores = arena.take(kQueryBlock * shape.padded_keys);
+    out = arena.take(kQueryBlock * shape.padded_depth);
+    inverse_sum = arena.take(kQueryBlock);
+    bias.place(a, shape, arena);
+    keys = arena.take(shape.keys * shape.padded_depth);
+    return arena.used;
+  }
+};
+
+template <class T>
+void forward(const Attention& a, int64_t b, int64_t h, Range queries) {
+  const Shape shape = shape_of<T>(a);
+  const int64_t D = shape.depth, S = shape.keys, Dp = shape.padded_depth, Sp = shape.padded_keys;
+  ForwardBuffers<T> m;
+  m.place(a, shape, thread_scratch(m.place(a, shape, nullptr)));
+
+  load_rows(m.keys, Dp, a.key, b, h, 0, S, T(1));
+  transpose(m.keys, S, D, Dp, m.keys_t, Sp);
+  load_rows(m.values, Dp, a.value, b, h, 0, S, T(1));
+  m.bias.begin(a, shape, b, h);
+
+  for (int64_t first = queries.begin; first < queries.end; first += kQueryBlock) {
+    const int64_t n = queries.end - first < kQueryBlock ? queries.end - first : kQueryBlock;
+    load_rows(m.query, Dp, a.query, b, h, first, n, T(a.scale * kLog2E));
+    m.bias.next(a, shape, b, h, first, n);
+    gemm<T>({m.query, Dp, 1, m.keys_t, Sp, m.scores, Sp, n, Sp, D, false});
+    for (int64_t i = 0; i < n; ++i) m.inverse_sum[i] = softmax_row(m.scores + i * Sp, m.bias.row(i), Sp);
+    gemm<T>({m.scores, Sp, 1, m.values, Dp, m.out, Dp, n, Dp, S, false});
+    store_rows(m.out, Dp, a.out, b, h, first, n, T(1), m.inverse_sum);
+  }
+}
+
+// dp -> ds = p ∘ (dp − rowsum(p ∘ dp)), and p is normalised, both in place.
+template <class T>
+inline void softmax_backward_row(T* p, T* dp, T inverse_sum, int64_t padded) {
+  Vec<T> dot = {};
+  for (int64_t j = 0; j < padded; j += kLanes<T>) {
+    const Vec<T> x = load<Vec<T>>(p + j) * inverse_sum;
+    store(p + j, x);
+    dot += x * load<Vec<T>>(dp + j);
+  }
+  const T row_sum = sum_lanes(dot);
+  for (int64_t j = 0; j < padded; j += kLanes<T>) {
+    store(dp + j, load<Vec<T>>(p + j) * (load<Vec<T>>(dp + j) - row_sum));
+  }
+}
+
+template <class T>
+struct BackwardBuffers {
+  T *keys, *keys_t, *values_t;                // (S, D), (D, S), (D, S)
+  T *query, *grad_out, *grad_query, *p, *ds;  // blocks of queries
+  BiasRows<T> bias;
+
+  size_t place(const Attention& a, const Shape& shape, void* base) {
+    Arena<T> arena{static_cast<char*>(base)};
+    keys = arena.take(shape.keys * shape.padded_depth);
+    keys_t = arena.take(shape.depth * shape.padded_keys);
+    values_t = arena.take(shape.depth * shape.padded_keys);
+    query = arena.take(kQueryBlock * shape.padded_depth);
+    grad_out = arena.take(kQueryBlock * shape.padded_depth);
+    grad_query = arena.take(kQueryBlock * shape.padded_depth);
+    p = arena.take(kQueryBlock * shape.padded_keys);
+    ds = arena.take(kQueryBlock * shape.padded_keys);
+    bias.place(a, shape, arena);
+    return arena.used;
+  }
+};
+
+// Adds ds of one query to the gradient of its bias.
+template <class T>
+inline void add_bias_gradient(const Attention& a, const BackwardTask& task, const Shape& shape, int64_t b,
+                              int64_t h, int64_t query, int64_t region, const T* ds) {
+  T* target;
+  int64_t stride = 1;
+  if (a.grad_table) {
+    target = static_cast<T*>(task.bias) + region * shape.padded_keys;
+  } else if (a.grad_bias.size[2] == 1) {
+    target = static_cast<T*>(task.bias);
+  } else {
+    target = static_cast<T*>(
+        a.grad_bias.at(a.grad_bias.size[0] == 1 ? 0 : b, a.grad_bias.size[1] == 1 ? 0 : h, query));
+    stride = a.grad_bias.stride[3];
+    if (a.grad_bias.size[3] == 1) {
+      for (int64_t j = 0; j < shape.keys; ++j) *target += ds[j];
+      return;
+    }
+  }
+  for (int64_t j = 0; j < shape.keys; ++j) target[j * stride] += ds[j];
+}
+
+template <class T>
+void zero_bias_gradient(const Attention& a, const BackwardTask& task, const Shape& shape) {
+  const bool own_rows = a.grad_bias && a.grad_bias.size[2] != 1;
+  if (!own_rows) {
+    const int64_t rows = a.grad_table ? a.grad_table.size[2] : a.grad_bias ? 1 : 0;
+    for (int64_t j = 0; j < rows * shape.padded_keys; ++j) static_cast<T*>(task.bias)[j] = 0;
+    return;
+  }
+  for (int64_t query = task.queries.begin; query < task.queries.end; ++query) {
+    T* target = static_cast<T*>(a.grad_bias.at(a.grad_bias.size[0] == 1 ? 0 : task.batch.begin,
+                                               a.grad_bias.size[1] == 1 ? 0 : task.heads.begin, query));
+    for (int64_t j = 0; j < a.grad_bias.size[3]; ++j) target[j * a.grad_bias.stride[3]] = 0;
+  }
+}
+
+template <class T>
+void backward_one(const Attention& a, const BackwardTask& task, const Shape& shape, BackwardBuffers<T>& m,
+                  int64_t b, int64_t h) {
+  const int64_t D = shape.depth, S = shape.keys, Dp = shape.padded_depth, Sp = shape.padded_keys;
+  T* grad_key = reinterpret_cast<T*>(task.key_value + (b * a.heads() + h) * task.key_value_stride);
+  T* grad_value = grad_key + S * Dp;
+  const bool want_ds = a.grad_query || a.grad_key || a.grad_bias || a.grad_table;
+
+  if (want_ds) {  // Vᵀ first: its rows pass through the buffer that K keeps
+    load_rows(m.keys, Dp, a.value, b, h, 0, S, T(1));
+    transpose(m.keys, S, D, Dp, m.values_t, Sp);
+  }
+  load_rows(m.keys, Dp, a.key, b, h, 0, S, T(1));
+  transpose(m.keys, S, D, Dp, m.keys_t, Sp);
+  m.bias.begin(a, shape, b, h);
+
+  for (int64_t first = task.queries.begin; first < task.queries.end; first += kQueryBlock) {
+    const int64_t left = task.queries.end - first, n = left < kQueryBlock ? left : kQueryBlock;
+    const bool accumulate = first != task.queries.begin;
+    load_rows(m.query, Dp, a.query, b, h, first, n, T(a.scale * kLog2E));
+    load_rows(m.grad_out, Dp, a.grad_out, b, h, first, n, T(1));
+    m.bias.next(a, shape, b, h, first, n);
+
+    gemm<T>({m.query, Dp, 1, m.keys_t, Sp, m.p, Sp, n, Sp, D, false});
+    if (want_ds) gemm<T>({m.grad_out, Dp, 1, m.values_t, Sp, m.ds, Sp, n, Sp, D, false});
+    for (int64_t i = 0; i < n; ++i) {
+      const T inverse_sum = softmax_row(m.p + i * Sp, m.bias.row(i), Sp);
+      softmax_backward_row(m.p + i * Sp, m.ds + i * Sp, inverse_sum, Sp);
+    }
+    if (a.grad_value) gemm<T>({m.p, 1, Sp, m.grad_out, Dp, grad_value, Dp, S, Dp, n, accumulate});
+    if (a.grad_key) gemm<T>({m.ds, 1, Sp, m.query, Dp, grad_key, Dp, S, Dp, n, accumulate});
+    if (a.grad_query) {
+      gemm<T>({m.ds, Sp, 1, m.keys, Dp, m.grad_query, Dp, n, Dp, S, false});
+      store_rows(m.grad_query, Dp, a.grad_query, b, h, first, n, T(a.scale));
+    }
+    if (a.grad_bias || a.grad_table) {
+      for (int64_t i = 0; i < n; ++i) {
+        add_bias_gradient(a, task, shape, b, h, first + i, m.bias.index(i), m.ds + i * Sp);
+      }
+    }
+  }
+}
+
+template <class T>
+void backward(const Attention& a, const BackwardTask& task) {
+  const Shape shape = shape_of<T>(a);
+  BackwardBuffers<T> m;
+  m.place(a, shape, thread_scratch(m.place(a, shape, nullptr)));
+  zero_bias_gradient<T>(a, task, shape);
+  for (int64_t b = task.batch.begin; b < task.batch.end; ++b) {
+    for (int64_t h = task.heads.begin; h < task.heads.end; ++h) backward_one(a, task, shape, m, b, h);
+  }
+}
+
+template <class T>
+PartialBytes partial_sizes(const Attention& a) {
+  const Shape shape = shape_of<T>(a);
+  const int64_t bias_rows = a.grad_table                              ? a.grad_table.size[2]
+                            : a.grad_bias && a.grad_bias.size[2] == 1 ? 1
+                                                                      : 0;
+  return {round_up(2 * shape.keys * shape.padded_depth * sizeof(T), 64),
+          round_up(bias_rows * shape.padded_keys * sizeof(T), 64)};
+}
+
+// Row i, summed over the partials in their order.
+template <class T>
+void sum_row(T* target, const char* partials, int64_t count, int64_t stride, int64_t offset, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) target[j] = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    const T* source = reinterpret_cast<const T*>(partials + c * stride) + offset;
+    for (int64_t j = 0; j < n; ++j) target[j] += source[j];
+  }
+}
+
+template <class T>
+void store_key_value(const Attention& a, int64_t b, int64_t h, const char* partials, int64_t count,
+                     int64_t stride) {
+  const Shape shape = shape_of<T>(a);
+  T* row = static_cast<T*>(thread_scratch(shape.padded_depth * sizeof(T)));
+  // q carried scale · log₂e into dK.
+  const Tensor* targets[2] = {&a.grad_key, &a.grad_value};
+  const T scales[2] = {T(kLn2), T(1)};
+  for (int64_t which = 0; which < 2; ++which) {
+    if (!*targets[which]) continue;
+    for (int64_t j = 0; j < shape.keys; ++j) {
+      sum_row(row, partials, count, stride, (which * shape.keys + j) * shape.padded_depth,
+              shape.padded_depth);
+      store_rows(row, shape.padded_depth, *targets[which], b, h, j, 1, scales[which]);
+    }
+  }
+}
+
+template <class T>
+void store_bias(const Attention& a, int64_t b, int64_t h, const char* partials, int64_t count,
+                int64_t stride) {
+  const Shape shape = shape_of<T>(a);
+  T* row = static_cast<T*>(thread_scratch(shape.padded_keys * sizeof(T)));
+  const Tensor& target = a.grad_table ? a.grad_table : a.grad_bias;
+  for (int64_t g = 0; g < target.size[2]; ++g) {
+    sum_row(row, partials, count, stride, g * shape.padded_keys, shape.padded_keys);
+    if (target.size[3] == 1) {
+      for (int64_t j = 1; j < shape.keys; ++j) row[0] += row[j];
+    }
+    store_rows(row, shape.padded_keys, target, b, h, g, 1, T(1));
+  }
+}
+
+}  // namespace
+}  // namespace CK_ISA
+}  // namespace ck
