@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import tiny_pipeline  # noqa: E402
 
 from customdiff import sampler  # noqa: E402
-from customdiff.concept import Concept, encode, encode_prompts, match, tokenize  # noqa: E402
+from customdiff.concept import Concept, base_metadata, encode, encode_prompts, match, tokenize  # noqa: E402
 from customdiff.sampler import project, sample  # noqa: E402
 
 FAST = {"steps": 3, "output": "latents", "progress": False}
@@ -43,7 +43,7 @@ def make_concept(pipe, seed, *words, low_rank=False):
         delta = ck.LowRankDelta(stack.segments, factors)
     else:
         delta = {name: 0.1 * matrix(*w.shape) for name, w in stack.items()}
-    return Concept(delta, {word: matrix(32) for word in words or ["<new1>"]}, {"base_hash": stack.hash()})
+    return Concept(delta, {word: matrix(32) for word in words or ["<new1>"]}, base_metadata(stack))
 
 
 def assert_close(got, want, rtol=1e-4):
@@ -160,6 +160,8 @@ def test_argument_errors(pipe):
             sample(pipe, "a dog", **{**FAST, **options})
     with pytest.raises(ValueError, match="prompts is empty"):
         sample(pipe, [], **FAST)
+    with pytest.raises(TypeError, match="pipe must be a StableDiffusionPipeline, got str without unet"):
+        sample("runwayml/stable-diffusion", "a dog")
     with pytest.raises(TypeError, match="concepts has an entry of type str"):
         sample(pipe, ["a dog"], ["delta.safetensors"], **FAST)
 
@@ -292,11 +294,16 @@ def test_the_pipeline_is_left_as_it_was(pipe):
 def test_bfloat16(pipe):
     concept = make_concept(pipe, 0, low_rank=True)
     want = sample(pipe, "a <new1> dog", concept, **FAST)
-    concept.metadata.clear()  # the weights are about to be rounded
     pipe.to(torch.bfloat16)
     got = sample(pipe, "a <new1> dog", concept, **FAST)
     assert got.dtype == torch.float32
     assert (got - want).norm() < 0.1 * want.norm()
+    pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight.data += 1
+    with pytest.raises(ValueError, match="base_hash_bfloat16"):
+        sample(pipe, "a <new1> dog", concept, **FAST)
+    del concept.metadata["base_hash_bfloat16"]
+    with pytest.warns(UserWarning, match="cannot tell its base in bfloat16"):
+        sample(pipe, "a <new1> dog", concept, **FAST)
 
 
 def test_projection_is_that_of_the_changed_weights(pipe):
@@ -315,6 +322,7 @@ def test_a_concept_file_round_trip(pipe, tmp_path):
         concept.metadata["prompt"] = "photo of a <new1> sks dog"
         path = tmp_path / f"{low_rank}.safetensors"
         concept.save(path)
+        Concept.load(path).save(path)  # a file that was read can be written again
         loaded = Concept.load(path)
         assert loaded.metadata.items() >= concept.metadata.items()
         assert loaded.modifier_tokens.keys() == {"<new1>", "sks"}

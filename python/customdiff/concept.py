@@ -87,18 +87,24 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], rows: Rows | Sequence[Rows
     return encode(pipe.text_encoder, tokenize(pipe.tokenizer, prompts, rows), rows)
 
 
+def base_metadata(stack: ck.KVStack) -> dict[str, str]:
+    """What a concept remembers of its base, in float32 or float16, and of the same rounded to bfloat16."""
+    dtypes = (stack.weight.dtype, torch.bfloat16)
+    return {_hash_key(dtype): stack.to(dtype).hash() for dtype in dtypes}
+
+
 @dataclass
 class Concept:
     """What one training run learned, or several merged.
 
     delta: the change of the K/V weights by segment, {name: (rows,E)} or ck.LowRankDelta.
     modifier_tokens: {word: (E,)}.
-    metadata: strings; among them ``base_hash``, the fingerprint of the weights that the delta belongs to.
+    metadata: what JSON can hold; among it ``base_metadata`` of the weights that the delta belongs to.
     """
 
     delta: Mapping[str, Tensor] | ck.LowRankDelta
     modifier_tokens: dict[str, Tensor] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | PathLike) -> Concept:
@@ -108,15 +114,22 @@ class Concept:
 
     def save(self, path: str | PathLike) -> None:
         """Write a safetensors file, whole or not at all."""
-        ck.save_delta(self.delta, path, modifier_tokens=self.modifier_tokens, **self.metadata)
+        own = {"format_version", "library_version"}  # written anew with every file
+        metadata = {name: value for name, value in self.metadata.items() if name not in own}
+        ck.save_delta(self.delta, path, modifier_tokens=self.modifier_tokens, **metadata)
 
     def check_base(self, stack: ck.KVStack) -> None:
         """Raise ValueError unless ``stack`` holds the very weights that the delta was trained on."""
-        expected = self.metadata.get("base_hash")
-        if expected is not None and expected != stack.hash():
+        key = _hash_key(stack.weight.dtype)
+        expected = self.metadata.get(key)
+        if expected is None and "base_hash" in self.metadata:
+            warnings.warn(
+                f"concept {self} cannot tell its base in bfloat16: its file has no {key}", stacklevel=2
+            )
+        elif expected is not None and expected != stack.hash():
             raise ValueError(
                 f"concept {self} is of the base model {self.metadata.get('base_name', '(no name)')}, "
-                f"base_hash {expected[:12]}, and the K/V weights of this UNet have {stack.hash()[:12]}: load "
+                f"{key} {expected[:12]}, and the K/V weights of this UNet have {stack.hash()[:12]}: load "
                 "that base, without another delta in it"
             )
 
@@ -152,7 +165,7 @@ class Concept:
                     f"text encoder have width {table.shape[1]}"
                 )
         if names:
-            ck.reconstruct(stack, self.delta).load_into(pipe.unet)
+            ck.reconstruct(stack, _to(self.delta, stack.weight.device)).load_into(pipe.unet)
         tokenizer.add_tokens([word for word in self.modifier_tokens if _token_id(tokenizer, word) is None])
         if len(tokenizer) > table.shape[0]:
             encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -193,6 +206,17 @@ def _split(prompt: str, words: list[str]) -> list[tuple[str, bool]]:
     edges = [(r"(?<!\w)" * w[0].isalnum(), re.escape(w), r"(?!\w)" * w[-1].isalnum()) for w in words]
     pattern = "|".join(sorted(map("".join, edges), key=len, reverse=True))
     return [(piece, i % 2 == 1) for i, piece in enumerate(re.split(f"({pattern})", prompt))]
+
+
+def _hash_key(dtype: torch.dtype) -> str:
+    # KVStack.hash rounds to float16: equal for float32 and float16 loads of one file, not for bfloat16 ones
+    return "base_hash_bfloat16" if dtype == torch.bfloat16 else "base_hash"
+
+
+def _to(delta: Mapping[str, Tensor] | ck.LowRankDelta, device: torch.device) -> Any:
+    if isinstance(delta, ck.LowRankDelta):
+        return delta.to(device)
+    return {name: change.to(device) for name, change in delta.items()}
 
 
 def _token_id(tokenizer: Any, word: str) -> int | None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import customdiff_kernels as ck
-from customdiff_kernels.diffusers import patched
 
 from .concept import Concept, encode_prompts
 
@@ -53,6 +52,11 @@ def sample(
 
     Raises ValueError if a prompt lacks the modifier token of its concept, or a concept is of another base.
     """
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not hasattr(pipe, part):
+            raise TypeError(
+                f"pipe must be a StableDiffusionPipeline, got {type(pipe).__name__} without {part}"
+            )
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     concepts = _one_each("concepts", concepts, len(prompts), (Concept, type(None)))
     seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else seeds
@@ -81,7 +85,7 @@ def sample(
     scheduler.set_timesteps(steps, device=pipe.unet.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.unet.device)
-    with patched(pipe.unet):
+    with ck.patched(pipe.unet):
         latents = denoise(
             pipe.unet, scheduler, noise, context, kv, guidance_scale, eta, generators, progress=progress
         )
