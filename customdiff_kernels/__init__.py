@@ -18,6 +18,14 @@ from typing import Any
 
 from ._backends import build_info, explain
 from .cross_attention import cross_attention, score_std
+from .files import (
+    BaseMismatchError,
+    DeltaFileError,
+    LoadedDelta,
+    apply_delta,
+    load_delta,
+    save_delta,
+)
 from .kv_projection import kv_cross_attention, kv_project
 from .layout import LayoutBias
 from .low_rank import LowRankDelta, compress, reconstruct
@@ -29,22 +37,28 @@ __version__ = "0.1.0"
 _LAZY = dict.fromkeys(("patch_unet", "patched", "unpatch_unet"), ".diffusers")  # diffusers is optional
 
 __all__ = [
+    "BaseMismatchError",
     "ConflictingConstraintsError",
+    "DeltaFileError",
     "KVStack",
     "LayoutBias",
+    "LoadedDelta",
     "LowRankDelta",
     "MergeSolver",
     "Segment",
     "SingularRegularizationError",
+    "apply_delta",
     "build_info",
     "compress",
     "cross_attention",
     "explain",
     "kv_cross_attention",
     "kv_project",
+    "load_delta",
     "patch_unet",
     "patched",
     "reconstruct",
+    "save_delta",
     "score_std",
     "unpatch_unet",
 ]
