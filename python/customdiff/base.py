@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,28 @@ def load_base(folder: str | None = None, device: str | None = None) -> Any:
             "StableDiffusionPipeline.save_pretrained wrote"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        path,
-        torch_dtype=torch.float32,
-        safety_checker=None,
-        requires_safety_checker=False,
-        local_files_only=True,
-    )
+    with _without_bars():
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            path, safety_checker=None, requires_safety_checker=False, local_files_only=True
+        )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline.to(device, torch.float32)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Loading takes a moment; the bars of both libraries would say so in four lines."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def base_name(folder: str | None) -> str:

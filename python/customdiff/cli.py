@@ -114,7 +114,9 @@ def parser() -> argparse.ArgumentParser:
         help="ordinary captions on which the base is to stay as it is: .txt (one a line), .csv, .jsonl or a "
         "captioned folder; about 1000 (default: of the embedded base's world)",
     )
-    merge.add_argument("--ridge", type=float, default=0.0, help="regularize the solver (default: 0)")
+    merge.add_argument(
+        "--ridge", type=_ridge, default=1e-6, help="of the solver: a share, or auto (default: 1e-6)"
+    )
     merge.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     _add_base(merge)
 
@@ -200,10 +202,16 @@ def _merge(options: argparse.Namespace) -> None:
             "--captions is needed with --base: a file of about 1000 ordinary captions, one a line"
         )
     concepts, changes = renamed(loaded)
-    merged = merge(concepts, load_base(options.base, options.device), captions, ridge=options.ridge)
+    base = load_base(options.base, options.device)
+    merged, report = merge(concepts, base, captions, ridge=options.ridge)
     merged.save(output)
     for index, old, new in changes:
         print(f"{old} of {options.concepts[index]} is called {new} in the merge")
+    residual = max(float(rows.max()) for rows in report.residual.values())
+    print(
+        f"targets kept to {residual:.1e}, ordinary captions moved by {report.drift:.1e}, "
+        f"ridge {report.ridge:g}"
+    )
     print(f"{output}: {', '.join(merged.modifier_tokens)}, {output.stat().st_size:,} bytes")
 
 
@@ -262,6 +270,10 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def _ridge(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def _file(name: str) -> Path:

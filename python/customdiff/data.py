@@ -48,8 +48,8 @@ def square(image: Image.Image, resolution: int) -> Image.Image:
     if image.size == (resolution, resolution):
         return image
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    centre = image.crop((left, top, left + side, top + side))
+    return centre.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +10,14 @@ import torch
 from torch import Tensor
 
 import customdiff_kernels as ck
+from customdiff_kernels.merge import MergeReport
 
-from .concept import Concept, Rows, encode, tokenize
+from .concept import Concept, Rows, base_metadata, encode, tokenize
 
 TEXT_BATCH = 64
+# Text features come out of a layer normalization, so one direction of the text width is all but empty.
+# Without a ridge the answer is large along it, which float32 cannot hold: residuals of 1e-1 instead of 1e-5.
+RIDGE = 1e-6
 
 
 def merge(
@@ -23,8 +26,8 @@ def merge(
     captions: Sequence[str],
     *,
     prompts: Sequence[Sequence[str]] | None = None,
-    ridge: float = 0.0,
-) -> Concept:
+    ridge: float | str = RIDGE,
+) -> tuple[Concept, MergeReport]:
     """One concept with all modifier tokens: on a concept's own words the merged weights do what its own do.
 
     Args:
@@ -32,7 +35,10 @@ def merge(
         pipeline: that base.
         captions: about 1000 ordinary ones, on whose text the weights are to change least.
         prompts: the target captions of each concept (default: those it was trained with).
-        ridge: added to the regularization of the solver; see ``ck.MergeSolver``.
+        ridge: as for ``ck.MergeSolver``; the default is below what the captions determine, above rounding.
+
+    Returns:
+        The merged concept, and the report of how well it keeps the values asked for and what else it moved.
 
     Raises:
         ValueError: if concepts share a modifier token, belong to another base or contradict one another, or
@@ -56,19 +62,20 @@ def merge(
             f"prompts must be a list for each of the {len(concepts)} concepts, got {len(prompts)}"
         )
     solver = ck.MergeSolver(regularization_features(pipeline, captions), ridge=ridge)
-    pairs = []
+    pairs = {}
     for concept, texts in zip(concepts, prompts, strict=True):
-        features = target_features(pipeline, texts, concept.modifier_tokens)
-        pairs.append((ck.reconstruct(stack, concept.delta), features))
-    kept = ("base_hash", "base_name", "resolution")
+        low_rank = isinstance(concept.delta, ck.LowRankDelta)
+        weights = concept.delta if low_rank else ck.reconstruct(stack, concept.delta)
+        pairs[str(concept)] = (weights, target_features(pipeline, texts, concept.modifier_tokens))
+    first = concepts[0].metadata
     metadata = {
-        **{key: concepts[0].metadata[key] for key in kept if key in concepts[0].metadata},
+        **base_metadata(stack),
+        **{key: first[key] for key in ("base_name", "resolution") if key in first},
         "prompt": prompts[0][0],
-        "prompts": json.dumps([prompt for texts in prompts for prompt in texts]),
-        "merged_from": json.dumps([str(concept) for concept in concepts]),
-        "library_version": ck.__version__,
+        "prompts": [prompt for texts in prompts for prompt in texts],
     }
-    return Concept(solver.merge(stack, pairs), rows, metadata)
+    delta = solver.merge(stack, pairs)
+    return Concept(delta, rows, metadata), solver.report(stack, pairs, delta)
 
 
 def renamed(concepts: Sequence[Concept]) -> tuple[list[Concept], list[tuple[int, str, str]]]:
@@ -89,7 +96,7 @@ def renamed(concepts: Sequence[Concept]) -> tuple[list[Concept], list[tuple[int,
 def training_prompts(concept: Concept) -> list[str]:
     """The prompts that the concept was trained with, or else its modifier tokens alone."""
     if "prompts" in concept.metadata:
-        return list(json.loads(concept.metadata["prompts"]))
+        return list(concept.metadata["prompts"])
     prompt = concept.metadata.get("prompt")
     return [prompt] if prompt else list(concept.modifier_tokens)
 
@@ -126,15 +133,10 @@ def regularization_features(pipeline: Any, captions: Sequence[str]) -> Tensor:
 
 
 def _rename(concept: Concept, names: dict[str, str]) -> Concept:
-    old = re.compile(
-        "|".join(map(re.escape, names))
-    )  # at once: the new name of one may be the old one of another
-    metadata = {
-        key: old.sub(lambda found: names[found[0]], value)
-        if names and key in ("prompt", "prompts")
-        else value
-        for key, value in concept.metadata.items()
-    }
-    return Concept(
-        concept.delta, {names[word]: row for word, row in concept.modifier_tokens.items()}, metadata
-    )
+    metadata = dict(concept.metadata)
+    if names and "prompt" in metadata:
+        old = re.compile("|".join(map(re.escape, names)))  # all at once: a new name may be another's old one
+        prompts = [old.sub(lambda found: names[found[0]], prompt) for prompt in training_prompts(concept)]
+        metadata |= {"prompt": prompts[0], "prompts": prompts}
+    rows = {names[word]: row for word, row in concept.modifier_tokens.items()}
+    return Concept(concept.delta, rows, metadata)

@@ -25,7 +25,7 @@ from customdiff_kernels.diffusers import patched
 
 from . import data
 from .base import base_name, load_base
-from .concept import Concept, encode_prompts
+from .concept import Concept, base_metadata, encode_prompts
 from .config import TrainConfig
 
 FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
@@ -183,13 +183,12 @@ class Training:
         """What was learned so far."""
         weight, base = self.weight.detach(), self.base
         metadata = {
-            "base_hash": base.hash(),
+            **base_metadata(base),
             "base_name": base_name(self.config.base),
-            "resolution": str(self.resolution),
+            "resolution": self.resolution,
             "prompt": self.config.prompts[0],
-            "prompts": json.dumps(self.config.prompts),
-            "library_version": ck.__version__,
-            "config": json.dumps(asdict(self.config)),
+            "prompts": list(self.config.prompts),
+            "training": asdict(self.config),
         }
         delta = {name: (weight[start:stop] - base[name]).cpu() for name, start, stop in base.segments}
         return Concept(delta, {self.config.modifier_token: self.row.detach().cpu().clone()}, metadata)

@@ -1,0 +1,237 @@
+"""The commands end to end on a random pipeline, and what each says about bad input."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+import tiny_pipeline  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import customdiff_kernels as ck  # noqa: E402
+from customdiff import Concept, cli, sheet  # noqa: E402
+from customdiff.config import TrainConfig  # noqa: E402
+
+CAPTIONS = [
+    "photo of a dog",
+    "a red cat on the grass",
+    "two blue car",
+    "a cup and a hat",
+    "photo of the beach with a car",
+]
+
+
+def write_pictures(folder, count=3):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A base, pictures, captions, and two trained concepts: a and b.safetensors, both called <new1>."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny_pipeline.build(root / "base")
+    write_pictures(root / "pictures")
+    (root / "captions.txt").write_text("\n".join(CAPTIONS))
+    for name, animal in (("a", "dog"), ("b", "cat")):
+        status = cli.main(
+            f"train --base {root}/base --images {root}/pictures --output {root}/{name}.safetensors --steps 2 "
+            "--batch-size 2 --learning-rate 0.01 --quiet --prompts".split()
+            + [f"photo of a <new1> {animal}"]
+        )
+        assert status == 0
+    return root
+
+
+@pytest.fixture
+def run(root, capsys):
+    """Runs a command line in which {root} stands for the folder; returns (status, stdout, stderr)."""
+
+    def call(line, *more):
+        status = cli.main(line.format(root=root).split() + list(more))
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_help_names_every_command_and_every_option_of_the_trainer():
+    done = subprocess.run([sys.executable, "-m", "customdiff", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(
+        name in done.stdout for name in ("train", "sample", "merge", "compress", "inspect", "examples:")
+    )
+    train = next(a for a in cli.parser()._actions if a.dest == "command").choices["train"].format_help()
+    for name in TrainConfig.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in train
+
+
+def test_train_takes_every_field_from_the_command_line(root, run, tmp_path):
+    status, out, err = run(
+        f"train --base {{root}}/base --images {{root}}/pictures --output {tmp_path}/c.safetensors "
+        "--modifier-token <dog> --initializer-token sks --weight-decay 0 --min-snr-gamma 5 --shift 0 "
+        "--seed 3 --steps 1 --batch-size 1 --resolution 32 --learning-rate 1e-3 --device cpu --prompts",
+        "photo of a <dog> dog",
+        "a <dog> dog",
+    )
+    assert status == 0, err
+    assert "images/s" in out
+    kept = Concept.load(tmp_path / "c.safetensors").metadata["training"]
+    assert kept["prompts"] == ["photo of a <dog> dog", "a <dog> dog"]
+    assert (kept["min_snr_gamma"], kept["seed"], kept["initializer_token"]) == (5.0, 3, "sks")
+
+
+def test_sample_batches_prompts_with_their_own_concepts(root, run, tmp_path, monkeypatch):
+    calls = []
+    from customdiff import sampler
+
+    sample = sampler.sample
+    monkeypatch.setattr(sampler, "sample", lambda *a, **k: calls.append((a, k)) or sample(*a, **k))
+    status, out, err = run(
+        f"sample --base {{root}}/base --steps 2 --count 2 --seed 5 --quiet --output {tmp_path}/pictures "
+        "--prompt <new1> --concept {root}/a.safetensors --prompt <new1> --concept {root}/b.safetensors "
+        "--prompt car"
+    )
+    assert status == 0, err
+    assert "6 pictures" in out
+    names = [f"prompt{i}_seed{s}.png" for i in range(3) for s in (5, 6)]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == names
+    assert all(Image.open(tmp_path / "pictures" / name).size == (32, 32) for name in names)
+    ((_, prompts, concepts), options) = calls[0]
+    assert len(calls) == 1 and len(prompts) == 6, "one batch"
+    assert concepts[0] is concepts[1] is not concepts[2] and concepts[4] is None
+    assert options["seeds"] == [5, 6] * 3 and options["guidance_scale"] == 6.0
+
+
+def test_sample_draws_a_sheet_with_one_concept_for_all(root, run, tmp_path):
+    status, _, err = run(
+        f"sample --base {{root}}/base --steps 1 --count 1 --quiet --output {tmp_path}/new/sheet.png "
+        "--concept {root}/a.safetensors --prompt <new1> --prompt dog"
+    )
+    assert status == 0, err
+    with Image.open(tmp_path / "new" / "sheet.png") as image:
+        assert image.height > 2 * 128
+
+
+def test_merge_renames_a_shared_token_and_keeps_each_concepts_values(root, run, tmp_path):
+    status, out, err = run(
+        f"merge {{root}}/a.safetensors {{root}}/b.safetensors --base {{root}}/base "
+        f"--captions {{root}}/captions.txt --output {tmp_path}/both.safetensors"
+    )
+    assert status == 0, err
+    assert re.search(r"<new1> of .*b.safetensors is called <new2> in the merge", out)
+    both = Concept.load(tmp_path / "both.safetensors")
+    assert list(both.modifier_tokens) == ["<new1>", "<new2>"]
+    assert both.metadata["prompts"] == ["photo of a <new1> dog", "photo of a <new2> cat"]
+
+    from customdiff.base import load_base
+    from customdiff.merging import target_features
+
+    pipeline = load_base(str(root / "base"), "cpu")
+    stack = ck.KVStack.from_unet(pipeline.unet)
+    merged = ck.reconstruct(stack, both.delta).weight
+    for name, word, prompt in (
+        ("a", "<new1>", "photo of a <new1> dog"),
+        ("b", "<new2>", "photo of a <new2> cat"),
+    ):
+        alone = Concept.load(root / f"{name}.safetensors")
+        features = target_features(pipeline, [prompt], {word: alone.modifier_tokens["<new1>"]})
+        wanted, got = features @ ck.reconstruct(stack, alone.delta).weight.T, features @ merged.T
+        assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
+        assert (features @ stack.weight.T - wanted).abs().max() > 1e-2 * wanted.abs().max()
+
+
+def test_compress_and_inspect(root, run, tmp_path):
+    small = tmp_path / "small.safetensors"
+    status, out, err = run(f"compress {{root}}/a.safetensors --rank 1 --output {small}")
+    assert status == 0, err
+    assert "bytes" in out
+    assert small.stat().st_size < (root / "a.safetensors").stat().st_size
+
+    status, out, err = run(f"inspect {small} --json")
+    found = json.loads(out)
+    assert status == 0, err
+    assert found["delta"] == "low rank"
+    assert all(segment["rank"] == 1 for segment in found["segments"])
+    assert found["modifier_tokens"][0]["word"] == "<new1>" and found["file_bytes"] == small.stat().st_size
+    assert found["metadata"]["prompt"] == "photo of a <new1> dog"
+
+    full = json.loads(run("inspect {root}/a.safetensors --json")[1])
+    assert full["delta"] == "full" and [s["name"] for s in full["segments"]] == [
+        s["name"] for s in found["segments"]
+    ]
+    pairs = zip(found["segments"], full["segments"], strict=True)
+    assert all(low["norm"] <= 1.001 * whole["norm"] for low, whole in pairs)
+    status, out, err = run(f"inspect {small}")
+    assert status == 0, err
+    assert "modifier token <new1>" in out and "to_k.weight" in out and "base_hash" in out
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("train --images {root}/nowhere --output {root}/n.safetensors --prompts <new1>", "is not a folder"),
+        ("train --images {root}/base --output {root}/n.safetensors --prompts <new1>", "no PNG or JPEG"),
+        ("train --images {root}/pictures --output {root}/n.safetensors --prompts dog", "no modifier token"),
+        ("train --images {root}/pictures --output {root}/a.safetensors --prompts <new1>", "exists"),
+        ("sample --base {root} --prompt dog", "model_index.json"),
+        ("sample --base {root}/base --prompt dog --concept {root}/no.safetensors", "does not exist"),
+        (
+            "sample --base {root}/base --prompt dog --concept {root}/a.safetensors --quiet",
+            "no modifier token",
+        ),
+        ("sample --base {root}/base --prompt <new7> --quiet", "names the modifier token <new7>"),
+        (
+            "merge {root}/a.safetensors --output {root}/n --base {root}/base --captions {root}/captions.txt",
+            "two or more",
+        ),
+        (
+            "merge {root}/a.safetensors {root}/b.safetensors --output {root}/n --base {root}/base",
+            "--captions",
+        ),
+        ("compress {root}/a.safetensors --output {root}/b.safetensors --rank 1", "exists"),
+        ("compress {root}/a.safetensors --output {root}/n --energy 2", "energy must be in"),
+        ("inspect {root}/captions.txt", "captions.txt"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(root, run, line, message):
+    before = sorted(root.iterdir())
+    status, out, err = run(line)
+    assert status == 2 and not out
+    assert (
+        message in err and err.count("\n") == 1 and err.startswith(f"customdiff {line.split()[0]}: error: ")
+    )
+    assert sorted(root.iterdir()) == before, "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "train --images x",
+        "sample --prompt dog --count 0",
+        "sample --prompt dog --concept a --concept b",
+        "compress x --output y",
+        "compress x --output y --rank 1 --energy 0.5",
+    ],
+)
+def test_wrong_usage_is_status_2(line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(line.split())
+    assert stopped.value.code == 2 and "usage: customdiff" in capsys.readouterr().err
+
+
+def test_contact_sheet_places_every_picture():
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    made = sheet.contact_sheet([("one", [red, blue]), ("two", [blue])], side=32, title="title")
+    colours = dict((colour, count) for count, colour in made.getcolors(1 << 20))
+    assert colours[(255, 0, 0)] == 32 * 32 and colours[(0, 0, 255)] == 2 * 32 * 32
+    with pytest.raises(ValueError, match="at least one picture"):
+        sheet.contact_sheet([("one", [])])

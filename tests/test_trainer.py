@@ -1,0 +1,313 @@
+"""The trainer: what moves and what does not, the same bits twice, and what it says about bad input."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny_pipeline
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+import customdiff_kernels as ck
+from customdiff import Concept, data, trainer
+from customdiff.config import TrainConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def pictures(folder, count, seed, caption=None, size=(40, 52)):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8))
+        image.save(folder / f"{i}.{'jpg' if i == 0 else 'png'}")
+        if caption:
+            (folder / f"{i}.txt").write_text(caption)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trainer")
+    return {
+        "base": str(tiny_pipeline.build(root / "base")),
+        "images": pictures(root / "concept", 3, seed=0),
+        "regularization": pictures(root / "dogs", 4, seed=1, caption="photo of a dog"),
+    }
+
+
+@pytest.fixture
+def config(folders, tmp_path):
+    return TrainConfig(
+        **folders,
+        prompts=("photo of a <new1> dog", "a <new1> dog on the grass"),
+        output=str(tmp_path / "concept.safetensors"),
+        steps=4,
+        batch_size=2,
+        learning_rate=1e-2,
+        device="cpu",
+    )
+
+
+def state_of(pipeline):
+    modules = {"unet": pipeline.unet, "text": pipeline.text_encoder, "vae": pipeline.vae}
+    return {f"{m}.{k}": v.clone() for m, module in modules.items() for k, v in module.state_dict().items()}
+
+
+def load(folder):
+    return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+
+
+def test_learns_one_matrix_and_one_row_and_leaves_the_base_alone(config):
+    pipeline = load(config.base)
+    before, processors = state_of(pipeline), dict(pipeline.unet.attn_processors)
+    result = trainer.train(config, pipeline, progress=False)
+    after = state_of(pipeline)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert pipeline.unet.attn_processors == processors
+
+    concept = Concept.load(result.output)
+    assert concept.delta.keys() == ck.KVStack.from_unet(pipeline.unet).keys()
+    assert all(change.abs().max() > 1e-3 for change in concept.delta.values())
+    initial = pipeline.text_encoder.get_input_embeddings().weight[
+        pipeline.tokenizer.convert_tokens_to_ids("ktn</w>")
+    ]
+    assert list(concept.modifier_tokens) == ["<new1>"]
+    assert (concept.modifier_tokens["<new1>"] - initial).abs().max() > 1e-3
+    concept.check_base(ck.KVStack.from_unet(pipeline.unet))
+    assert concept.metadata["prompt"] == "photo of a <new1> dog"
+    assert concept.metadata["resolution"] == 32
+    assert concept.metadata["training"]["learning_rate"] == 1e-2
+    assert len(result.losses) == 4 and all(np.isfinite(result.losses))
+
+
+def test_two_runs_give_the_same_bits(config, tmp_path):
+    first = trainer.train(config, progress=False)
+    second = trainer.train(
+        dataclasses.replace(config, output=str(tmp_path / "again.safetensors")), progress=False
+    )
+    other = trainer.train(
+        dataclasses.replace(config, output=str(tmp_path / "s.safetensors"), seed=1), progress=False
+    )
+    assert first.losses == second.losses != other.losses
+    for name, change in first.concept.delta.items():
+        assert torch.equal(change, second.concept.delta[name])
+    assert torch.equal(first.concept.modifier_tokens["<new1>"], second.concept.modifier_tokens["<new1>"])
+
+
+def test_resumes_with_the_same_bits(config, tmp_path, monkeypatch):
+    whole = trainer.train(config, progress=False)
+    broken = dataclasses.replace(config, output=str(tmp_path / "broken.safetensors"), checkpoint_every=3)
+    step, taken = trainer.Training.step, []
+
+    def stop_after_three(self):
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(step(self))
+        return taken[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Training, "step", stop_after_three)
+        trainer.train(broken, progress=False)
+    assert not (tmp_path / "broken.safetensors").exists()
+    with pytest.raises(ValueError, match="other values of seed"):
+        trainer.train(dataclasses.replace(broken, resume=True, seed=7), progress=False)
+    resumed = trainer.train(dataclasses.replace(broken, resume=True), progress=False)
+    assert tuple(taken) + resumed.losses == whole.losses
+    assert all(
+        torch.equal(change, resumed.concept.delta[name]) for name, change in whole.concept.delta.items()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.safetensors", "concept.safetensors"]
+    with pytest.raises(ValueError, match="no checkpoint"):
+        trainer.train(dataclasses.replace(broken, resume=True, overwrite=True), progress=False)
+
+
+def test_a_finished_run_is_not_overwritten(config):
+    first = trainer.train(config, progress=False).output.read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite"):
+        trainer.train(dataclasses.replace(config, seed=1), progress=False)
+    assert trainer.Path(config.output).read_bytes() == first
+    trainer.train(dataclasses.replace(config, seed=1, overwrite=True), progress=False)
+    assert trainer.Path(config.output).read_bytes() != first
+
+
+def test_a_step_is_the_equation(config):
+    """Against plain modules: the token trained in the table, the K/V of the start token detached."""
+    pipeline, reference = load(config.base), load(config.base)
+    config = dataclasses.replace(config, prompts=("photo of a <new1> dog",), prior_weight=0.5, shift=0.0)
+    with trainer.patched(pipeline.unet):
+        training = trainer.Training(config, pipeline, trainer.Pictures.read(config))
+        start = training.generator.get_state()
+        training.optimizer.step = lambda: None
+        loss = training.step()
+
+    generator = torch.Generator()
+    generator.set_state(start)
+    latents = training.latents.draw(torch.randint(3, (2,), generator=generator), generator)
+    torch.randint(1, (2,), generator=generator)  # which prompt
+    prior = torch.randint(4, (2,), generator=generator)
+    latents = torch.cat([latents, training.prior_latents.draw(prior, generator)])
+    latents = latents * reference.vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=generator)
+    t = torch.randint(1000, (4,), generator=generator)
+    alpha = reference.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+    prompts = ["photo of a ktn dog"] * 2 + ["photo of a dog"] * 2
+    ids = reference.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+    for name, module in reference.unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            module.register_forward_hook(lambda _, __, out: torch.cat([out[:, :1].detach(), out[:, 1:]], 1))
+    context = reference.text_encoder(ids).last_hidden_state
+    error = (reference.unet(noisy, t, context).sample - noise).square().flatten(1).mean(1)
+    expected = error[:2].mean() + 0.5 * error[2:].mean()
+    expected.backward()
+
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    parameters = dict(reference.unet.named_parameters())
+    for name, first, last in training.base.segments:
+        torch.testing.assert_close(
+            training.weight.grad[first:last], parameters[name].grad, rtol=1e-3, atol=1e-6
+        )
+    ktn = reference.tokenizer.convert_tokens_to_ids("ktn</w>")
+    table = reference.text_encoder.get_input_embeddings().weight
+    torch.testing.assert_close(training.row.grad, table.grad[ktn], rtol=1e-3, atol=1e-6)
+
+
+def test_min_snr_weights():
+    from diffusers import DDPMScheduler
+
+    training = object.__new__(trainer.Training)
+    training.device = torch.device("cpu")
+    training.scheduler = DDPMScheduler()
+    training.config = TrainConfig(images="x", prompts=("<new1>",), min_snr_gamma=5.0)
+    t = torch.tensor([0, 300, 999])
+    alpha = training.scheduler.alphas_cumprod[t]
+    snr = alpha / (1 - alpha)
+    torch.testing.assert_close(training._snr_weight(t, v=False), snr.clamp(max=5) / snr)
+    torch.testing.assert_close(training._snr_weight(t, v=True), snr.clamp(max=5) / (snr + 1))
+
+
+def test_v_prediction_trains(config, tmp_path):
+    base = tiny_pipeline.build(tmp_path / "v", prediction_type="v_prediction")
+    result = trainer.train(dataclasses.replace(config, base=str(base), min_snr_gamma=5.0), progress=False)
+    assert (
+        all(np.isfinite(result.losses))
+        and result.losses
+        != trainer.train(
+            dataclasses.replace(config, output=str(tmp_path / "eps.safetensors")), progress=False
+        ).losses
+    )
+
+
+def test_training_lowers_the_loss(config):
+    losses = trainer.train(
+        dataclasses.replace(config, steps=60, learning_rate=3e-3, batch_size=4), progress=False
+    ).losses
+    assert sum(losses[-15:]) < 0.97 * sum(losses[:15])
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompts": ("photo of a dog",)}, "no modifier token '<new1>'"),
+        ({"prompts": ()}, "prompts is empty"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"prior_weight": -1.0}, "prior_weight"),
+        ({"weight_decay": float("nan")}, "weight_decay"),
+        ({"shift": 0.7}, "shift"),
+    ],
+)
+def test_bad_configurations_are_named(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **change)
+
+
+def test_a_wrong_initializer_or_base_is_named(config, tmp_path):
+    with pytest.raises(ValueError, match="initializer_token 'zebra' is 5 tokens"):
+        trainer.train(dataclasses.replace(config, initializer_token="zebra"), progress=False)
+    with pytest.raises(ValueError, match="model_index.json"):
+        trainer.train(dataclasses.replace(config, base=str(tmp_path)), progress=False)
+    with pytest.raises(ValueError, match="resolution must be a multiple of 2, got 33"):
+        trainer.train(dataclasses.replace(config, resolution=33), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+# --- pictures and captions ---
+
+
+def test_pictures_of_any_size_and_mode(tmp_path):
+    Image.new("L", (30, 50), 128).save(tmp_path / "grey.png")
+    Image.new("RGBA", (64, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (16, 16), (0, 255, 0)).save(tmp_path / "small.JPG")
+    (tmp_path / "notes.md").write_text("no picture")
+    images = data.read_pictures(tmp_path)
+    assert [image.mode for image in images] == ["RGB"] * 3
+    pixels = data.to_tensor([data.square(image, 32) for image in images])
+    assert pixels.shape == (3, 3, 32, 32) and pixels.min() >= -1 and pixels.max() <= 1
+    assert torch.all(pixels[0] == 1.0), "transparency is white"
+
+
+def test_square_takes_the_centre():
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (10, 0, 30, 20))
+    assert data.square(image, 8).getcolors() == [(64, (0, 0, 255))]
+
+
+def test_shifted_copies_keep_the_pictures_first():
+    pixels = torch.rand(2, 3, 16, 16)
+    copies = data.shifted(pixels, 0.125, torch.Generator().manual_seed(0))
+    assert copies.shape == (2 * data.SHIFTED_COPIES, 3, 16, 16)
+    assert torch.equal(copies[:2], pixels)
+    assert data.shifted(pixels, 0.0, torch.Generator()) is pixels
+    core = pixels[0, :, 4:12, 4:12]
+    windows = copies[2].unfold(1, 8, 1).unfold(2, 8, 1).movedim(0, 2)
+    assert (windows == core).flatten(2).all(-1).sum() == 1, "a copy is the picture, moved"
+
+
+def test_folders_without_a_usable_picture_are_named(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        data.read_pictures(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="'.*empty' holds no PNG or JPEG picture, but nothing at all"):
+        data.read_pictures(tmp_path / "empty")
+    (tmp_path / "empty" / "film.mov").write_text("x")
+    with pytest.raises(ValueError, match="1 other entries, as film.mov"):
+        data.read_pictures(tmp_path / "empty")
+    (tmp_path / "empty" / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="'broken.png' in '.*empty' is not a readable picture"):
+        data.read_pictures(tmp_path / "empty")
+
+
+def test_captions_beside_or_in_a_table(tmp_path):
+    folder = tmp_path / "dogs"
+    pictures(folder, 2, seed=0, size=(8, 8))
+    with pytest.raises(ValueError, match="'0.jpg' in '.*' has no caption"):
+        data.read_captioned(folder)
+    (folder / "captions.csv").write_text("file,caption\n0.jpg,photo of a dog\n1.png,a red dog\n")
+    assert data.read_captioned(folder)[1] == ["photo of a dog", "a red dog"]
+    (folder / "1.txt").write_text("a blue dog\n")
+    assert data.read_captioned(folder)[1] == ["photo of a dog", "a blue dog"]
+    (folder / "captions.csv").unlink()
+    (folder / "captions.jsonl").write_text('{"file_name": "0.jpg", "text": "a cat"}\n')
+    assert data.read_captioned(folder)[1] == data.read_captions(folder) == ["a cat", "a blue dog"]
+    (tmp_path / "list.txt").write_text("a dog\n\na cat\n")
+    assert data.read_captions(tmp_path / "list.txt") == ["a dog", "a cat"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no caption"):
+        data.read_captions(tmp_path / "empty.txt")
+    (tmp_path / "odd.jsonl").write_text('{"words": "a dog"}\n')
+    with pytest.raises(ValueError, match='row 1 of .* has no "caption"'):
+        data.read_captions(tmp_path / "odd.jsonl")
+
+
+def test_regularization_captions_must_not_name_the_concept(config, tmp_path):
+    folder = pictures(tmp_path / "r", 1, seed=0, caption="photo of a <new1> dog")
+    with pytest.raises(ValueError, match="holds the modifier token"):
+        trainer.train(dataclasses.replace(config, regularization=folder), progress=False)
