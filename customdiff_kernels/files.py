@@ -281,6 +281,6 @@ def _check_base(base: KVStack, metadata: Mapping[str, Any]) -> None:
     if (found := base.hash()) != recorded:
         raise BaseMismatchError(
             f"the delta was made for {name} (key/value hash {recorded[:12]}…), this UNet has "
-            f"{found[:12]}…: another model, a delta on it already, or bfloat16 weights (load them as float16 or float32). "
-            "force=True applies it anyway"
+            f"{found[:12]}…: another model, a delta on it already, or bfloat16 weights "
+            "(load them as float16 or float32). force=True applies it anyway"
         )

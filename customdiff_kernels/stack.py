@@ -227,16 +227,15 @@ def as_stack(argument: str, weights: Mapping[str, Tensor], like: KVStack | None 
     """
     if isinstance(weights, KVStack):
         stack = weights
-    elif like is not None:
+    else:
         check_matrices(argument, weights)
-        unknown, missing = sorted(weights.keys() - like.keys()), sorted(like.keys() - weights.keys())
+        order = weights if like is None else like
+        unknown, missing = sorted(weights.keys() - order.keys()), sorted(order.keys() - weights.keys())
         if unknown or missing:
             raise ValueError(
                 f"{argument} must name the segments of the base: unknown {unknown[:3]}, missing {missing[:3]}"
             )
-        stack = KVStack.from_mapping({name: weights[name] for name in like})
-    else:
-        stack = KVStack.from_mapping(weights)
+        stack = KVStack.from_mapping({name: weights[name] for name in order})
     if like is not None:
         check_same_segments(argument, stack, "the base", like)
         _checks.same_device(argument, stack.weight, "the base", like.weight)

@@ -1,0 +1,406 @@
+"""compress and reconstruct against one matrix at a time in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from customdiff_kernels.low_rank import LowRankDelta, compress, ops, reconstruct
+from customdiff_kernels.low_rank.reference import (
+    compress_reference,
+    energy_rank_reference,
+    reconstruct_reference,
+)
+from customdiff_kernels.stack import KVStack
+
+pytestmark = pytest.mark.usefixtures("poison")
+OPS = torch.ops.customdiff
+
+ROWS = {"a": 32, "b": 32, "c": 16, "d": 48, "e": 48, "f": 48, "g": 1}
+E = 24
+
+
+def base(dtype=torch.float32, width: int = E) -> KVStack:
+    return KVStack.from_mapping({name: torch.randn(rows, width, dtype=dtype) for name, rows in ROWS.items()})
+
+
+def low(ranks: dict[str, int], dtype=torch.float32, width: int = E) -> LowRankDelta:
+    stack = base(dtype, width)
+    factors = {
+        name: (torch.randn(ROWS[name], r, dtype=dtype), torch.randn(r, width, dtype=dtype) / 4)
+        for name, r in ranks.items()
+    }
+    return LowRankDelta(stack.segments, factors)
+
+
+def decaying(rows: int, width: int, dtype=torch.float64, decay: float = 0.8) -> torch.Tensor:
+    """A matrix with singular values decay^i, like a trained change's (Custom Diffusion, appendix B)."""
+    k = min(rows, width)
+    u, v = (
+        torch.linalg.qr(torch.randn(rows, k).double())[0],
+        torch.linalg.qr(torch.randn(width, k).double())[0],
+    )
+    return ((u * decay ** torch.arange(k).double()) @ v.T).to(dtype)
+
+
+def factors64(delta: LowRankDelta) -> dict:
+    return {name: (u.double(), v.double()) for name, (u, v) in delta.factors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float16])
+def test_reconstruct_against_the_reference(dtype, factor_dtype, no_worse):
+    stack = base(dtype)
+    deltas = [
+        low({"a": 3, "b": 5, "c": 2, "d": 1, "e": 8, "f": 8, "g": 1}, factor_dtype),
+        low({"c": 4, "f": 24}, factor_dtype),  # some segments only
+    ]
+    scales = [0.5, -2.0]
+    exact = reconstruct_reference(
+        {n: w.double() for n, w in stack.items()}, [factors64(d) for d in deltas], scales
+    )
+    in_dtype = [{n: (u.to(dtype), v.to(dtype)) for n, (u, v) in d.factors.items()} for d in deltas]
+    eager = reconstruct_reference(stack, in_dtype, scales)
+    found = reconstruct(stack, deltas, scales)
+    assert isinstance(found, KVStack) and found.segments == stack.segments
+    for name in stack:
+        if dtype is torch.float64:  # eager is the reference itself
+            torch.testing.assert_close(found[name], exact[name], rtol=1e-14, atol=1e-14)
+        else:
+            no_worse(name, found[name], eager[name], exact[name])
+    as_mapping = reconstruct(dict(stack), deltas, scales)
+    assert type(as_mapping) is dict and all(torch.equal(as_mapping[n], found[n]) for n in stack)
+
+
+@given(
+    rows=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    ranks=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+    width=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+)
+def test_reconstruct_any_shapes(rows, ranks, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weights, factors = {}, {}
+    for i, (n, r) in enumerate(zip(rows, ranks, strict=False)):
+        weights[f"s{i}"] = torch.randn(n, width, generator=generator)
+        factors[f"s{i}"] = (
+            torch.randn(n, r, generator=generator),
+            torch.randn(r, width, generator=generator),
+        )
+    stack = KVStack.from_mapping(weights)
+    found = reconstruct(stack, LowRankDelta(stack.segments, factors))
+    for name, exact in reconstruct_reference(weights, [factors], [1.0]).items():
+        torch.testing.assert_close(found[name], exact, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_of_a_large_stack(monkeypatch):
+    """The cache blocking cuts runs of equal segments at any place without changing the result."""
+    stack, delta = base(), low(dict.fromkeys(ROWS, 3))
+    whole = reconstruct(stack, delta)
+    for limit in (1, 40 * E * 4, 100 * E * 4):
+        monkeypatch.setattr(ops, "BLOCK_BYTES", limit)
+        torch.testing.assert_close(reconstruct(stack, delta).weight, whole.weight)
+
+
+def test_dense_deltas_and_many_of_both_kinds():
+    stack, delta = base(torch.float64), low({"a": 2, "d": 3}, torch.float64)
+    dense = {"b": torch.randn(32, E).double(), "d": torch.randn(48, E).double()}
+    found = reconstruct(stack, [delta, dense], [2.0, 3.0])
+    change = delta.dense()
+    for name, weight in stack.items():
+        wanted = weight + 2 * change[name] + 3 * dense.get(name, 0)
+        torch.testing.assert_close(found[name], wanted, rtol=1e-12, atol=1e-12)
+    difference = found - stack
+    torch.testing.assert_close(reconstruct(stack, difference).weight, found.weight)
+
+
+def test_no_delta_is_a_copy():
+    stack = base()
+    found = reconstruct(stack, [])
+    assert torch.equal(found.weight, stack.weight) and found.weight.data_ptr() != stack.weight.data_ptr()
+
+
+def test_out_and_in_place():
+    stack, delta = base(), low(dict.fromkeys(ROWS, 3))
+    wanted = reconstruct(stack, delta).weight
+    out = KVStack(torch.full_like(stack.weight, float("nan")), stack.segments)
+    assert reconstruct(stack, delta, out=out) is out and torch.equal(out.weight, wanted)
+    assert reconstruct(stack, delta, out=stack) is stack and torch.equal(stack.weight, wanted)
+    with pytest.raises(ValueError, match="out= is not differentiable"):
+        reconstruct(stack, delta * torch.ones((), requires_grad=True), out=out)
+    with pytest.raises(ValueError, match="out must be a KVStack"):
+        reconstruct(stack, delta, out=KVStack(stack.weight, [("all", 0, len(stack.weight))]))
+    with pytest.raises(TypeError, match="out must be float32, got float64"):
+        reconstruct(stack, delta, out=stack.to(torch.float64))
+
+
+def test_strided_base_and_factors():
+    stack, delta = base(), low(dict.fromkeys(ROWS, 3))
+    wanted = reconstruct(stack, delta).weight
+    strided = KVStack(stack.weight.T.contiguous().T, stack.segments)
+    turned = {n: (u.T.contiguous().T, v.T.contiguous().T) for n, (u, v) in delta.factors.items()}
+    found = reconstruct(strided, LowRankDelta(delta.segments, turned)).weight
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_gradients():
+    stack = base(torch.float64, width=5)
+    factors = low({"a": 2, "c": 3, "d": 2, "e": 2}, torch.float64, width=5).factors
+    names = ["a", "c", "d", "e"]
+    leaves = [t.detach().requires_grad_() for name in names for t in factors[name]]
+    weight = stack.weight.detach().requires_grad_()
+    scales = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def call(weight, scales, *leaves):
+        pairs = dict(zip(names, zip(leaves[::2], leaves[1::2], strict=True), strict=True))
+        delta = LowRankDelta(stack.segments, pairs)
+        return reconstruct(KVStack(weight, stack.segments), [delta, delta], scales).weight[::7]
+
+    assert torch.autograd.gradcheck(call, (weight, scales, *leaves), fast_mode=True)
+    leaves[0].requires_grad_(False)
+    found = torch.autograd.grad(call(weight, scales, *leaves).sum(), [leaves[1]])
+    assert found[0].abs().sum() > 0
+
+
+def test_opcheck():
+    delta = low({"a": 2, "b": 2, "c": 3, "e": 1})
+    stack = base()
+    u, v = ([delta.factors[n][i].requires_grad_() for n in "abce"] for i in (0, 1))
+    starts = [s.start for s in stack.segments if s.name in "abce"]
+    torch.library.opcheck(OPS.reconstruct, (stack.weight.requires_grad_(), u, v, starts))
+    u[1].requires_grad_(False)
+    torch.library.opcheck(OPS.reconstruct, (stack.weight, u, v, starts))
+    torch.library.opcheck(OPS.reconstruct, (stack.weight, [], [], []))
+    plain = [[t.detach() for t in ts] for ts in (u, v)]
+    out, weight = torch.empty_like(stack.weight), stack.weight.detach()
+    torch.library.opcheck(OPS.reconstruct_out, (out, weight, *plain, starts))
+    torch.library.opcheck(OPS.spectrum, (torch.randn(3, 4, 6),))
+
+
+def test_compile_fullgraph():
+    stack, delta = base(), low(dict.fromkeys(ROWS, 3))
+
+    def call(weight, scales):
+        return reconstruct(KVStack(weight, stack.segments), [delta, delta], scales).weight.sin()
+
+    scales = torch.tensor([0.5, 0.25])
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(stack.weight, scales), call(stack.weight, scales))
+
+
+def test_two_runs_give_the_same_bits():
+    stack, delta = base(), low(dict.fromkeys(ROWS, 7))
+    assert torch.equal(reconstruct(stack, delta).weight, reconstruct(stack, delta).weight)
+    change = {name: decaying(*w.shape, torch.float32) for name, w in stack.items()}
+    first, second = (compress(change, energy=0.6).factors for _ in range(2))
+    assert all(torch.equal(a, b) for n in first for a, b in zip(first[n], second[n], strict=True))
+
+
+def test_delta_arithmetic():
+    first, second = low({"a": 2, "d": 3}, torch.float64), low({"a": 1, "g": 1}, torch.float64)
+    total = (2 * first + second * 0.5).dense()
+    for name, change in total.items():
+        wanted = 2 * first.dense()[name] + 0.5 * second.dense()[name]
+        torch.testing.assert_close(change, wanted)
+    assert (first + second).rank("a") == 3 and first.rank("b") == 0
+    assert first.nbytes == 8 * (2 * (32 + E) + 3 * (48 + E))
+    assert first.to(torch.float16).nbytes * 4 == first.nbytes
+    assert "rank 0 to 3" in repr(first)
+
+
+@pytest.mark.parametrize("energy", [0.01, 0.3, 0.6, 0.99, 1.0])
+def test_energy_takes_the_smallest_rank_that_reaches_the_share(energy):
+    change = {f"{rows}x{width}": decaying(rows, width) for rows, width in [(20, 24), (24, 24)]}
+    change |= {"40x24": decaying(40, 24), "again": decaying(20, 24, decay=0.5)}
+    delta = compress(change, energy=energy)
+    for name, matrix in change.items():
+        values = torch.linalg.svdvals(matrix)
+        assert delta.rank(name) == energy_rank_reference(values, energy) >= 1
+        u, v = compress_reference(matrix, delta.rank(name))
+        torch.testing.assert_close(delta.dense()[name], u @ v, rtol=1e-9, atol=1e-9)
+
+
+def test_energy_reached_exactly_is_reached():
+    """Three equal singular values: a third of the sum is one of them, a hair more is two."""
+    matrix = torch.zeros(4, 6, dtype=torch.float64)
+    matrix[0, 0] = matrix[1, 1] = matrix[2, 2] = 5.0
+    assert compress({"x": matrix}, energy=1 / 3).rank("x") == 1
+    assert compress({"x": matrix}, energy=1 / 3 + 1e-6).rank("x") == 2
+    assert compress({"x": matrix}, energy=1.0).rank("x") == 3
+
+
+def test_zero_has_rank_zero_and_anything_else_has_not():
+    change = {"zero": torch.zeros(8, 6), "tiny": torch.full((8, 6), 1e-20)}
+    for rule in ({"energy": 1e-9}, {"rank": 4}, {"max_bytes": 10_000}):
+        delta = compress(change, **rule)
+        assert delta.rank("zero") == 0 and delta.rank("tiny") == 1
+        assert delta.dense()["zero"].abs().sum() == 0
+
+
+def test_exact_rank_is_found_behind_rounding():
+    matrix = torch.randn(30, 4).double() @ torch.randn(4, 20).double()
+    for rule in ({"energy": 1.0}, {"rank": 20}, {"max_bytes": 10**6}):
+        delta = compress({"x": matrix}, **rule)
+        assert delta.rank("x") == 4
+        torch.testing.assert_close(delta.dense()["x"], matrix)
+
+
+@pytest.mark.parametrize("shape", [(20, 32), (32, 20), (24, 24)])
+def test_kept_singular_values_are_accurate(shape):
+    """To 1e-5 of each, down to 1e-11 of the largest: where the Gram matrix has lost them, LAPACK's SVD steps
+    in.
+    """
+    matrix = decaying(*shape, decay=0.3)
+    exact = torch.linalg.svdvals(matrix)
+    for rank in (3, 10, 20):
+        u, v = compress({"x": matrix}, rank=rank).factors["x"]
+        torch.testing.assert_close(u.norm(dim=0), exact[:rank], rtol=1e-5, atol=0)
+        torch.testing.assert_close(v @ v.T, torch.eye(rank).double(), rtol=0, atol=1e-5)
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 20), st.just(15)), min_size=1, max_size=5),
+    share=st.floats(0.05, 1.2),
+    seed=st.integers(0, 2**16),
+)
+def test_budget_is_kept_and_well_spent(shapes, share, seed):
+    """Within the budget, and no exchange of one singular value for a cheaper or equal unused one gains."""
+    generator = torch.Generator().manual_seed(seed)
+    change = {f"s{i}": torch.randn(*s, generator=generator).double() for i, s in enumerate(shapes)}
+    budget = int(share * sum(8 * (r + e) * min(r, e) for r, e in shapes))
+    smallest = min(8 * (r + e) for r, e in shapes)
+    if budget < smallest:
+        with pytest.raises(ValueError, match="max_bytes must hold a singular value"):
+            compress(change, max_bytes=budget)
+        return
+    delta = compress(change, max_bytes=budget)
+    assert delta.nbytes <= budget
+    values = {n: torch.linalg.svdvals(m) for n, m in change.items()}
+    cost = {n: 8 * sum(m.shape) for n, m in change.items()}
+    left = budget - delta.nbytes
+    for name in change:
+        rank = delta.rank(name)
+        assert rank == len(values[name]) or cost[name] > left  # nothing that still fits is left out
+        for other in change:
+            kept = delta.rank(other)
+            if rank < len(values[name]) and kept and cost[name] <= cost[other]:
+                assert values[name][rank] <= values[other][kept - 1] * (1 + 1e-9)
+
+
+def test_budget_spends_on_the_largest_of_all_segments():
+    change = {"strong": decaying(16, E) * 100, "weak": decaying(16, E)}
+    delta = compress(change, max_bytes=8 * (16 + E) * 6)
+    assert (delta.rank("strong"), delta.rank("weak")) == (6, 0)
+
+
+def test_factors_in_the_dtype_asked_for():
+    change = base() - base()
+    delta = compress(change, max_bytes=4000, dtype=torch.float16)
+    assert delta.dtype is torch.float16 and 0 < delta.nbytes <= 4000
+    assert delta.segments == change.segments
+    again = compress(delta.to(torch.float32), rank=1)
+    assert max(again.rank(name) for name in ROWS) == 1
+
+
+def test_compress_is_one_eigenproblem_a_shape(monkeypatch):
+    calls = []
+    real = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: calls.append(tuple(a.shape)) or real(a))
+    compress(base() - base(), rank=1)
+    assert sorted(calls) == [(1, 1, 1), (1, 16, 16), (2, 24, 24), (3, 24, 24)]
+
+
+DELTA = {"a": torch.ones(32, E)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: compress(DELTA), ValueError, "exactly one of energy, rank and max_bytes"),
+        (lambda: compress(DELTA, rank=1, energy=0.5), ValueError, "exactly one of"),
+        (lambda: compress(DELTA, energy=0.0), ValueError, r"energy must be in \(0, 1\], got 0.0"),
+        (lambda: compress(DELTA, energy=60), ValueError, r"energy must be in \(0, 1\], got 60"),
+        (lambda: compress(DELTA, rank=0), ValueError, "rank must be an integer of at least 1, got 0"),
+        (lambda: compress(DELTA, rank=2.5), ValueError, "rank must be an integer of at least 1, got 2.5"),
+        (lambda: compress(DELTA, max_bytes=-1), ValueError, "max_bytes must be a positive integer, got -1"),
+        (lambda: compress(DELTA, max_bytes=10), ValueError, r"hold a singular value .*\(224\), got 10"),
+        (lambda: compress(DELTA, rank=1, dtype=torch.int8), TypeError, "dtype must be floating"),
+        (
+            lambda: compress({"a": torch.full((2, 2), float("nan"))}, rank=1),
+            ValueError,
+            r"delta\['a'\] is not finite",
+        ),
+        (lambda: compress(torch.ones(2, 2), rank=1), TypeError, "delta must be a KVStack or a mapping"),
+        (
+            lambda: compress({"a": torch.ones(2)}, rank=1),
+            ValueError,
+            r"delta\['a'\] must have shape \(rows,E\)",
+        ),
+        (
+            lambda: reconstruct(base(), {"z": torch.ones(2, E)}),
+            ValueError,
+            "unknown segment 'z'; the base has",
+        ),
+        (
+            lambda: reconstruct(base(), {"a": torch.ones(2, E)}),
+            ValueError,
+            r"must be \(32, 24\) .* got \(2, 24\)",
+        ),
+        (
+            lambda: reconstruct(base(), low({"a": 2}, width=E + 1)),
+            ValueError,
+            r"deltas\[0\]\['a'\] must be \(32, 24\)",
+        ),
+        (lambda: reconstruct(base(), low({"a": 2}), [1.0, 2.0]), ValueError, "each of the 1 deltas, got 2"),
+        (lambda: reconstruct(base(), low({"a": 2}), float("nan")), ValueError, r"scales\[0\] must be finite"),
+        (
+            lambda: reconstruct(torch.ones(2, 2), low({"a": 2})),
+            TypeError,
+            "base must be a KVStack or a mapping",
+        ),
+        (lambda: low({"a": 2}).rank("z"), ValueError, "no segment named 'z'"),
+        (lambda: LowRankDelta([("a", 0, 2)], {}), ValueError, "at least one segment's"),
+        (
+            lambda: LowRankDelta([("a", 0, 2)], {"b": (torch.ones(2, 1), torch.ones(1, 3))}),
+            ValueError,
+            r"segments that do not exist: \['b'\]",
+        ),
+        (
+            lambda: LowRankDelta([("a", 0, 2)], {"a": (torch.ones(3, 1), torch.ones(1, 3))}),
+            ValueError,
+            r"factors\['a'\] u must have shape \(2, 1\)",
+        ),
+        (
+            lambda: LowRankDelta([("a", 0, 2)], {"a": (torch.ones(2, 2), torch.ones(1, 3))}),
+            ValueError,
+            r"factors\['a'\] v must have shape \(2, 3\)",
+        ),
+        (
+            lambda: LowRankDelta([("a", 0, 2)], {"a": (torch.ones(2, 1).half(), torch.ones(1, 3))}),
+            TypeError,
+            r"factors\['a'\] u must be float32, got float16",
+        ),
+        (
+            lambda: OPS.reconstruct(torch.ones(4, 3), [torch.ones(3, 1)], [torch.ones(1, 3)], [2]),
+            ValueError,
+            "without overlap within the 4 rows",
+        ),
+        (
+            lambda: OPS.reconstruct(torch.ones(4, 3), [torch.ones(3, 1)], [torch.ones(2, 3)], [0]),
+            ValueError,
+            r"v\[0\] must have shape \(1, 3\)",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_deltas_of_other_segments_do_not_add():
+    other = LowRankDelta.from_factors({"b": (torch.ones(32, 1), torch.ones(1, E))})
+    with pytest.raises(ValueError, match="only deltas of the same segments"):
+        low({"a": 1}) + other
