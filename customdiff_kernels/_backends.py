@@ -32,32 +32,36 @@ class Choice(NamedTuple):
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for tensors of this device and dtype, and why. RuntimeError where none can run."""
-    forced = os.environ.get("CK_BACKEND")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return _choose(device, dtype, os.environ.get("CK_BACKEND"), interpreted)
+
+
+@cache
+def _choose(device: torch.device, dtype: torch.dtype, forced: str | None, interpreted: bool) -> Choice:
     if forced:
         if forced not in NAMES:
             raise ValueError(f"CK_BACKEND must be one of {', '.join(NAMES)}, got {forced!r}")
-        refusal = refuses(forced, device, dtype)
+        refusal = _refuses(forced, device, dtype, interpreted)
         if refusal:
             raise RuntimeError(f"CK_BACKEND={forced} cannot run: {refusal}")
         return Choice(forced, "CK_BACKEND forces it")
     name = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
     if name is None:
         raise RuntimeError(f"no backend for {device.type} tensors; CK_BACKEND=reference runs plain PyTorch")
-    refusal = refuses(name, device, dtype)
+    refusal = _refuses(name, device, dtype, interpreted)
     if refusal:
         raise RuntimeError(f"backend {name} ({device.type} tensors) cannot run: {refusal}")
     return Choice(name, f"{device.type} tensors, {str(dtype).removeprefix('torch.')}")
 
 
-def refuses(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _refuses(name: str, device: torch.device, dtype: torch.dtype, interpreted: bool) -> str | None:
     """Why backend ``name`` cannot run such tensors and what would help; None if it can."""
     if name == "cpu":
         if device.type != "cpu":
             return f"it takes CPU tensors, got {device.type}"
         return None if is_built() else f"the native library is not built; {BUILD}"
     if name == "triton":
-        interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        if device.type != "cuda" and not interpreted:
+        if device.type != "cuda" and not (device.type == "cpu" and interpreted):
             return f"it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1), got {device.type}"
         if dtype is torch.float64:
             return "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
@@ -78,6 +82,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
 def load(name: str) -> ModuleType:
     """The module of a backend: ``attention_forward``, ``attention_backward`` and ``score_moments``."""
     if name == "cpu":

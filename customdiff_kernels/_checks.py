@@ -33,8 +33,8 @@ def rank(name: str, value: Tensor, dims: str) -> None:
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:
-    if tuple(value.shape) != expected:
-        raise ValueError(f"{name} must have shape {expected} {why}, got {tuple(value.shape)}")
+    if value.shape != expected:
+        raise ValueError(f"{name} must have shape {tuple(expected)} {why}, got {tuple(value.shape)}")
 
 
 def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
@@ -47,7 +47,7 @@ def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor
 def like(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     """``value`` has the shape, dtype and device of ``reference``."""
     floating(name, value, reference.dtype)
-    shape(name, value, tuple(reference.shape), f"as {reference_name}")
+    shape(name, value, reference.shape, f"as {reference_name}")
     same_device(name, value, reference_name, reference)
 
 

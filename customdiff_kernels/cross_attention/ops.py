@@ -143,7 +143,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5)]
-    grads = torch.ops.customdiff.cross_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, needed)
+    grads = _backward_op(grad_out, *ctx.saved_tensors, ctx.scale, needed)
     query, key, value, bias, table = (
         grad if want else None for grad, want in zip(grads, needed, strict=True)
     )
@@ -197,7 +197,7 @@ register(
     backward=_autograd,
     cast=(0, 1, 2),
 )
-register(
+_backward_op = register(
     f"cross_attention_backward(Tensor grad_out, {_INPUTS}, bool[5] needed)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,

@@ -67,7 +67,7 @@ def _project_setup(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor)
 
 def _project_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:2])
-    grads = torch.ops.customdiff.kv_project_backward(grad, *ctx.saved_tensors, ctx.frozen_tokens, needed)
+    grads = _project_backward_op(grad, *ctx.saved_tensors, ctx.frozen_tokens, needed)
     return (*(g if want else None for g, want in zip(grads, needed, strict=True)), None)
 
 
@@ -79,7 +79,7 @@ register(
     backward=_project_autograd,
     cast=(0,),
 )
-register(
+_project_backward_op = register(
     "kv_project_backward(Tensor grad, Tensor context, Tensor weight, int frozen_tokens, bool[2] needed)"
     " -> (Tensor, Tensor)",
     _project_backward,
@@ -195,9 +195,7 @@ def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _attend_autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 7, 9)]
     *inputs, bias, labels, table = ctx.saved_tensors
-    grads = torch.ops.customdiff.kv_cross_attention_backward(
-        grad_out, *inputs, ctx.heads, bias, labels, table, ctx.scale, needed
-    )
+    grads = _attend_backward_op(grad_out, *inputs, ctx.heads, bias, labels, table, ctx.scale, needed)
     hidden, key, value, bias, table = (
         grad if want else None for grad, want in zip(grads, needed, strict=True)
     )
@@ -214,7 +212,7 @@ register(
     backward=_attend_autograd,
     cast=(0, 1, 2),
 )
-register(
+_attend_backward_op = register(
     f"kv_cross_attention_backward(Tensor grad_out, {_INPUTS}, int heads, {_BIAS}, bool[5] needed)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attend_backward,
