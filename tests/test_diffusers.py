@@ -402,6 +402,23 @@ def test_compiles_without_a_graph_break(frozen):
     assert_all_close([compiled(hidden, context, kv=kv)], [holder.attn2(hidden, context, kv=kv)])
 
 
+@pytest.mark.slow
+def test_a_whole_training_step_compiles_without_a_graph_break():
+    unet = tiny_unet()
+    ck.patch_unet(unet)
+    stack = ck.KVStack.from_unet(unet)
+    weight = stack.weight.requires_grad_()
+
+    def step(sample, timestep, encoder_hidden_states):
+        kv = stack.views(ck.kv_project(encoder_hidden_states, weight, frozen_tokens=1))
+        kwargs = {"cross_attention_kwargs": {"kv": kv}}
+        return unet(sample, timestep, encoder_hidden_states, **kwargs).sample.square().mean()
+
+    given, compiled = inputs(unet), torch.compile(step, fullgraph=True, backend="aot_eager")
+    got, want = ([f(**given), *torch.autograd.grad(f(**given), [weight])] for f in (compiled, step))
+    assert_all_close(got, want)
+
+
 def test_a_compiled_unet_keeps_its_names():
     unet = tiny_unet()
     assert ck.patch_unet(torch.compile(unet)) == ck.unpatch_unet(unet)

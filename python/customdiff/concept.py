@@ -119,7 +119,7 @@ class Concept:
         ck.save_delta(self.delta, path, modifier_tokens=self.modifier_tokens, **metadata)
 
     def check_base(self, stack: ck.KVStack) -> None:
-        """Raise ValueError unless ``stack`` holds the very weights that the delta was trained on."""
+        """Raise ck.BaseMismatchError unless ``stack`` holds the very weights that the delta is of."""
         key = _hash_key(stack.weight.dtype)
         expected = self.metadata.get(key)
         if expected is None and "base_hash" in self.metadata:
@@ -127,7 +127,7 @@ class Concept:
                 f"concept {self} cannot tell its base in bfloat16: its file has no {key}", stacklevel=2
             )
         elif expected is not None and expected != stack.hash():
-            raise ValueError(
+            raise ck.BaseMismatchError(
                 f"concept {self} is of the base model {self.metadata.get('base_name', '(no name)')}, "
                 f"{key} {expected[:12]}, and the K/V weights of this UNet have {stack.hash()[:12]}: load "
                 "that base, without another delta in it"
@@ -149,10 +149,8 @@ class Concept:
         written; raises ValueError, before anything is written, if there are none or the pipeline is of
         another base.
         """
-        stack = ck.KVStack.from_unet(pipe.unet)
-        self.check_base(stack)
-        names = list(self.delta.factors if isinstance(self.delta, ck.LowRankDelta) else self.delta)
-        if not names and not self.modifier_tokens:
+        self.check_base(ck.KVStack.from_unet(pipe.unet))
+        if not self.delta and not self.modifier_tokens:
             raise ValueError(
                 "concept has neither a weight delta nor a modifier token: there is nothing to load"
             )
@@ -164,8 +162,7 @@ class Concept:
                     f"modifier token {word} has a row of shape {tuple(row.shape)}; the embeddings of this "
                     f"text encoder have width {table.shape[1]}"
                 )
-        if names:
-            ck.reconstruct(stack, _to(self.delta, stack.weight.device)).load_into(pipe.unet)
+        names = ck.apply_delta(pipe.unet, ck.LoadedDelta(self.delta), force=True) if self.delta else []
         tokenizer.add_tokens([word for word in self.modifier_tokens if _token_id(tokenizer, word) is None])
         if len(tokenizer) > table.shape[0]:
             encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -211,12 +208,6 @@ def _split(prompt: str, words: list[str]) -> list[tuple[str, bool]]:
 def _hash_key(dtype: torch.dtype) -> str:
     # KVStack.hash rounds to float16: equal for float32 and float16 loads of one file, not for bfloat16 ones
     return "base_hash_bfloat16" if dtype == torch.bfloat16 else "base_hash"
-
-
-def _to(delta: Mapping[str, Tensor] | ck.LowRankDelta, device: torch.device) -> Any:
-    if isinstance(delta, ck.LowRankDelta):
-        return delta.to(device)
-    return {name: change.to(device) for name, change in delta.items()}
 
 
 def _token_id(tokenizer: Any, word: str) -> int | None:
