@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,16 +32,18 @@ def load_base(folder: str | None = None, device: str | None = None) -> Any:
             "StableDiffusionPipeline.save_pretrained wrote"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _without_bars():
+    with without_bars():
         pipeline = StableDiffusionPipeline.from_pretrained(
             path, safety_checker=None, requires_safety_checker=False, local_files_only=True
         )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, torch.float32)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.float()
+    return pipeline.to(device)
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Loading takes a moment; the bars of both libraries would say so in four lines."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
@@ -53,6 +56,12 @@ def _without_bars() -> Iterator[None]:
     finally:
         for log in shown:
             log.enable_progress_bar()
+
+
+def silence() -> None:
+    """For a program: only errors of transformers and diffusers, not what they looked for in vain."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 def base_name(folder: str | None) -> str:

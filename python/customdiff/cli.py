@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config
+from .base import silence
 
 EXAMPLES = """examples:
   customdiff train --images my_dog/ --prompts "photo of a <new1> dog" --output dog.safetensors
@@ -48,9 +48,7 @@ COMPRESS_EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 after a one-line message about bad input."""
-    # transformers tells of every optional package that it looked for
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    silence()
     options = parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .base import without_bars
+
 BATCH = 32
 
 
@@ -24,7 +26,8 @@ class Clip:
     def __init__(self, folder: str, device: str = "cpu"):
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-        self.model = CLIPModel.from_pretrained(folder).float().eval().to(device)
+        with without_bars():
+            self.model = CLIPModel.from_pretrained(folder).float().eval().to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.processor = CLIPImageProcessor.from_pretrained(folder)
 
