@@ -5,7 +5,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
-#include <memory>
 #include <mutex>
 #include <new>
 #include <system_error>
@@ -124,8 +123,28 @@ Pool& pool() {
   return *current;
 }
 
-struct Free {
-  void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+class Buffer {
+ public:
+  ~Buffer() { release(); }
+
+  void* reserve(size_t bytes) {
+    if (bytes > capacity_ || capacity_ > kKeptScratch) {
+      release();
+      memory_ = ::operator new(bytes, std::align_val_t(64));
+      capacity_ = bytes;
+    }
+    return memory_;
+  }
+
+ private:
+  void release() {
+    ::operator delete(memory_, std::align_val_t(64));
+    memory_ = nullptr;
+    capacity_ = 0;
+  }
+
+  void* memory_ = nullptr;
+  size_t capacity_ = 0;
 };
 
 }  // namespace
@@ -138,16 +157,9 @@ void parallel_for(int threads, int64_t count, const std::function<void(int64_t)>
   if (job.error) std::rethrow_exception(job.error);
 }
 
-void* thread_scratch(size_t bytes) {
-  thread_local std::unique_ptr<char, Free> memory;
-  thread_local size_t capacity = 0;
-  if (bytes > capacity || (capacity > kKeptScratch && bytes <= kKeptScratch)) {
-    memory.reset();
-    capacity = 0;
-    memory.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
-    capacity = bytes;
-  }
-  return memory.get();
+void* thread_scratch(Scratch purpose, size_t bytes) {
+  thread_local Buffer buffers[2];
+  return buffers[static_cast<int>(purpose)].reserve(bytes);
 }
 
 }  // namespace ck

@@ -15,8 +15,9 @@ namespace ck {
 void parallel_for(int threads, int64_t count, const std::function<void(int64_t)>& task);
 
 // 64-byte aligned memory that belongs to the calling thread, with unspecified content. It is valid until the
-// thread's next call; up to a limit it is kept between calls, because fresh pages cost more than small
-// kernels.
-void* thread_scratch(size_t bytes);
+// thread asks again for the same purpose; up to a limit it is kept between calls, because fresh pages cost
+// more than small kernels.
+enum class Scratch { kTask, kCall };
+void* thread_scratch(Scratch purpose, size_t bytes);
 
 }  // namespace ck

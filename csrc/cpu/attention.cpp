@@ -1,8 +1,6 @@
 #include "cpu/attention.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -85,13 +83,22 @@ void expand_bias(Attention& a) {
   }
 }
 
-// How the queries of one (b, h) are split into tasks: by the problem alone, so that sums over tasks are the
-// same at any number of threads. Packing the keys costs a task about as much as 16 queries do.
+// How the work is split into tasks: by the problem alone, so that sums over tasks are the same at any number
+// of threads. A task takes as many heads as have their keys and values in the second-level cache together,
+// and enough queries to make up for packing those.
+int64_t heads_per_task(const Attention& a, int64_t copies) {
+  constexpr int64_t kCache = 384 << 10;
+  const int64_t bytes = std::max<int64_t>(1, copies * a.keys() * a.query.size[3] * sizeof(float));
+  const int64_t most = std::min(std::max<int64_t>(1, kCache / bytes), std::max<int64_t>(1, a.heads()));
+  const int64_t groups = (a.heads() + most - 1) / most;
+  return groups ? (a.heads() + groups - 1) / groups : 1;
+}
+
 struct Chunks {
   int64_t count, queries;
 
   Chunks(int64_t n, int64_t groups) {
-    constexpr int64_t kTasks = 32, kLeast = 256, kUnit = 40;
+    constexpr int64_t kTasks = 32, kLeast = 200, kUnit = 40;
     const int64_t wanted = std::max<int64_t>(1, kTasks / std::max<int64_t>(1, groups));
     queries = std::max(kLeast, (n + wanted - 1) / wanted);
     queries = (queries + kUnit - 1) / kUnit * kUnit;
@@ -101,10 +108,6 @@ struct Chunks {
   Range range(int64_t chunk, int64_t n) const {
     return {chunk * queries, std::min((chunk + 1) * queries, n)};
   }
-};
-
-struct AlignedDelete {
-  void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
 
 }  // namespace
@@ -120,11 +123,12 @@ void attention_forward(Attention a, int threads) {
           "out", a.out, "must match query's shape and dtype");
   expand_bias(a);
   const Kernels& isa = kernels();
-  const int64_t heads = a.heads(), pairs = a.batch() * heads;
-  const Chunks chunks(a.queries(), pairs);
-  parallel_for(threads, pairs * chunks.count, [&](int64_t task) {
-    const int64_t pair = task / chunks.count;
-    isa.attention_forward(a, pair / heads, pair % heads, chunks.range(task % chunks.count, a.queries()));
+  const int64_t H = a.heads(), heads = heads_per_task(a, 2), groups = (H + heads - 1) / heads;
+  const Chunks chunks(a.queries(), a.batch() * groups);
+  parallel_for(threads, a.batch() * groups * chunks.count, [&](int64_t task) {
+    const int64_t chunk = task % chunks.count, group = task / chunks.count;
+    const int64_t h = group % groups * heads;
+    isa.attention_forward(a, group / groups, {h, std::min(h + heads, H)}, chunks.range(chunk, a.queries()));
   });
 }
 
@@ -144,11 +148,11 @@ void attention_backward(Attention a, int threads) {
   const Kernels& isa = kernels();
   const int64_t B = a.batch(), H = a.heads(), N = a.queries();
 
-  // A task takes all (b, h) that one bias gradient is summed over, in order.
+  // Where a bias gradient is summed over the batch or the heads, one task takes them all, in order.
   const Tensor& shared = a.grad_table ? a.grad_table : a.grad_bias;
   const bool all_batch = shared && shared.size[0] == 1, all_heads = shared && shared.size[1] == 1;
-  const int64_t group_batch = all_batch ? B : 1, group_heads = all_heads ? H : 1;
-  const int64_t head_groups = all_heads ? 1 : H;
+  const int64_t heads = all_heads ? H : shared ? 1 : heads_per_task(a, 5);
+  const int64_t head_groups = all_heads ? 1 : (H + heads - 1) / heads;
   const int64_t groups = (all_batch ? 1 : B) * head_groups;
   const Chunks chunks(N, groups);
 
@@ -157,17 +161,15 @@ void attention_backward(Attention a, int threads) {
   const int64_t key_value_bytes = (a.grad_key || a.grad_value) ? bytes.key_value : 0;
   const int64_t chunk_stride = B * H * key_value_bytes;
   const size_t total = chunks.count * (chunk_stride + groups * bytes.bias);
-  std::unique_ptr<char, AlignedDelete> memory(
-      static_cast<char*>(::operator new(total, std::align_val_t(64))));
-  char* const key_value = memory.get();
+  char* const key_value = static_cast<char*>(thread_scratch(Scratch::kCall, total));
   char* const bias = key_value + chunks.count * chunk_stride;
 
   parallel_for(threads, groups * chunks.count, [&](int64_t index) {
     const int64_t group = index / chunks.count, chunk = index % chunks.count;
-    const int64_t b = group / head_groups * group_batch, h = group % head_groups * group_heads;
+    const int64_t b = group / head_groups, h = group % head_groups * heads;
     BackwardTask task;
-    task.batch = {b, b + group_batch};
-    task.heads = {h, h + group_heads};
+    task.batch = all_batch ? Range{0, B} : Range{b, b + 1};
+    task.heads = {h, std::min(h + heads, H)};
     task.queries = chunks.range(chunk, N);
     task.key_value = key_value + chunk * chunk_stride;
     task.key_value_stride = key_value_bytes;

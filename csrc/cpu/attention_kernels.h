@@ -1,6 +1,6 @@
-// Short-context attention of some queries of one (b, h), forward and backward.
+// Short-context attention of some queries of some heads, forward and backward.
 //
-// Kᵀ and V are packed once; then blocks of queries go through
+// Kᵀ and V are packed once for each head; then blocks of queries go through
 //
 //     s = q Kᵀ   (rows, S)    p = softmax(s + bias)    o = p V   (rows, D)
 //
@@ -8,6 +8,9 @@
 // backward recomputes p and makes all gradients in the same pass over the queries:
 //
 //     dV += pᵀ dO    dp = dO Vᵀ    ds = p ∘ (dp − rowsum(p ∘ dp))    dQ = scale · ds K    dK += scale · dsᵀ q
+//
+// Blocks are the outer loop and heads the inner one: in (B, N, H * D) memory the heads of a block lie side by
+// side, so whole cache lines and pages are used while they are there.
 //
 // Scores are kept in units of log 2: scale · log₂e is folded into q as it is loaded, log₂e into the bias.
 // T is float, or double for float64 tensors.
@@ -49,128 +52,159 @@ Shape shape_of(const Attention& a) {
   return {depth, keys, round_up(depth, kColumnUnit<T>), round_up(keys, kLanes<T>)};
 }
 
-// The bias of a block of queries as pointers to padded rows in units of log 2, -inf beyond the last key.
+// The bias of a block of queries as padded rows in units of log 2, -inf beyond the last key.
 template <class T>
 class BiasRows {
  public:
-  void place(const Attention& a, const Shape& shape, Arena<T>& arena) {
+  void place(const Attention& a, const Shape& shape, int64_t heads, Arena<T>& arena) {
     padded_ = shape.padded_keys;
-    if (a.table) {
-      rows_ = arena.take(a.table.size[2] * padded_);
-    } else {
-      rows_ = arena.take((a.bias && a.bias.stride[2] ? kQueryBlock : 1) * padded_);
-    }
+    keys_ = shape.keys;
+    by_query_ = a.bias && a.bias.stride[2] != 0;
+    by_head_ = a.bias && a.bias.stride[1] != 0;
+    rows_ = arena.take(padded_ * (a.table     ? a.table.size[2]
+                                  : by_query_ ? kQueryBlock
+                                  : by_head_  ? heads
+                                              : 1));
   }
 
   // What does not depend on the query.
-  void begin(const Attention& a, const Shape& shape, int64_t b, int64_t h) {
-    const int64_t rows = a.table ? a.table.size[2] : 1;
+  void begin(const Attention& a, int64_t b, Range heads) {
+    heads_begin_ = heads.begin;
+    block_ = -1;
     if (a.table) {
-      load_rows(rows_, padded_, a.table, b, 0, 0, rows, T(kLog2E));
+      fill(0, a.table, b, 0, 0, a.table.size[2]);
     } else if (!a.bias) {
       for (int64_t j = 0; j < padded_; ++j) rows_[j] = 0;
-    } else if (a.bias.stride[2] == 0) {
-      load_rows(rows_, padded_, a.bias, b, h, 0, 1, T(kLog2E));
-    } else {
-      return;
+      close(0, 1);
+    } else if (!by_query_) {
+      for (int64_t h = heads.begin; h < (by_head_ ? heads.end : heads.begin + 1); ++h) {
+        fill(h - heads.begin, a.bias, b, h, 0, 1);
+      }
     }
-    close(rows, shape.keys);
   }
 
-  void next(const Attention& a, const Shape& shape, int64_t b, int64_t h, int64_t first, int64_t n) {
-    if (a.labels) {
-      for (int64_t i = 0; i < n; ++i) {
+  // Queries [first, first + n) of head h.
+  void next(const Attention& a, int64_t b, int64_t h, int64_t first, int64_t n) {
+    const bool same_block = first == block_;
+    block_ = first;
+    base_ = rows_;
+    if (a.table) {
+      for (int64_t i = 0; i < n && !same_block; ++i) {
         const int64_t label = *static_cast<const int32_t*>(a.labels.at(b, 0, first + i));
         if (label < 0 || label >= a.table.size[2]) fail_label(label, a.table.size[2]);
         index_[i] = label;
       }
-    } else if (a.bias && a.bias.stride[2] != 0) {
-      load_rows(rows_, padded_, a.bias, b, h, first, n, T(kLog2E));
-      close(n, shape.keys);
+    } else if (by_query_) {
+      if (!same_block || by_head_) fill(0, a.bias, b, h, first, n);
       for (int64_t i = 0; i < n; ++i) index_[i] = i;
     } else {
+      if (by_head_) base_ += (h - heads_begin_) * padded_;
       for (int64_t i = 0; i < n; ++i) index_[i] = 0;
     }
   }
 
-  const T* row(int64_t i) const { return rows_ + index_[i] * padded_; }
+  const T* row(int64_t i) const { return base_ + index_[i] * padded_; }
   int64_t index(int64_t i) const { return index_[i]; }
 
  private:
-  void close(int64_t rows, int64_t keys) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = keys; j < padded_; ++j) rows_[i * padded_ + j] = -T(__builtin_inf());
+  void fill(int64_t row, const Tensor& from, int64_t b, int64_t h, int64_t first, int64_t n) {
+    load_rows(rows_ + row * padded_, padded_, from, b, h, first, n, T(kLog2E));
+    close(row, n);
+  }
+
+  void close(int64_t row, int64_t n) {
+    for (int64_t i = row; i < row + n; ++i) {
+      for (int64_t j = keys_; j < padded_; ++j) rows_[i * padded_ + j] = -T(__builtin_inf());
     }
   }
 
   T* rows_ = nullptr;
-  int64_t padded_ = 0;
+  const T* base_ = nullptr;
+  int64_t padded_ = 0, keys_ = 0, heads_begin_ = 0, block_ = -1;
+  bool by_query_ = false, by_head_ = false;
   int64_t index_[kQueryBlock];
 };
 
-// s -> 2^(s + bias - max), in place; returns 1 / sum, or 0 for a row that is -inf throughout. Scores that are
-// NaN make the sum NaN.
+// s -> 2^(s + bias - max) in place, row by row, and 1 / sum of each; 0 for a row that is -inf throughout.
+// Scores that are NaN make the sum NaN. Two passes over the block: within one row everything waits for the
+// maximum.
 template <class T>
-inline T softmax_row(T* s, const T* bias, int64_t padded) {
-  Vec<T> max = load<Vec<T>>(s) + load<Vec<T>>(bias);
-  store(s, max);
-  for (int64_t j = kLanes<T>; j < padded; j += kLanes<T>) {
-    const Vec<T> x = load<Vec<T>>(s + j) + load<Vec<T>>(bias + j);
-    store(s + j, x);
-    max = max > x ? max : x;
+inline void softmax_rows(T* scores, const BiasRows<T>& bias, T* inverse_sum, int64_t rows, int64_t padded) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* s = scores + i * padded;
+    const T* bias_row = bias.row(i);
+    Vec<T> max = load<Vec<T>>(s) + load<Vec<T>>(bias_row);
+    store(s, max);
+    for (int64_t j = kLanes<T>; j < padded; j += kLanes<T>) {
+      const Vec<T> x = load<Vec<T>>(s + j) + load<Vec<T>>(bias_row + j);
+      store(s + j, x);
+      max = max > x ? max : x;
+    }
+    const T largest = max_lanes(max);
+    inverse_sum[i] = largest == -T(__builtin_inf()) ? T(0) : largest;
   }
-  T largest = max_lanes(max);
-  if (largest == -T(__builtin_inf())) largest = 0;
-  Vec<T> sum = {};
-  for (int64_t j = 0; j < padded; j += kLanes<T>) {
-    const Vec<T> p = exp2_nonpositive(load<Vec<T>>(s + j) - largest);
-    store(s + j, p);
-    sum += p;
+  for (int64_t i = 0; i < rows; ++i) {
+    T* s = scores + i * padded;
+    const T largest = inverse_sum[i];
+    Vec<T> sum = {};
+    for (int64_t j = 0; j < padded; j += kLanes<T>) {
+      const Vec<T> p = exp2_nonpositive(load<Vec<T>>(s + j) - largest);
+      store(s + j, p);
+      sum += p;
+    }
+    const T total = sum_lanes(sum);
+    inverse_sum[i] = total == 0 ? T(0) : 1 / total;
   }
-  const T total = sum_lanes(sum);
-  return total == 0 ? T(0) : 1 / total;
 }
 
 template <class T>
 struct ForwardBuffers {
-  T *keys, *keys_t, *values;              // (S, D), (D, S), (S, D)
-  T *query, *scores, *out, *inverse_sum;  // blocks of queries
+  T *keys_t, *values;                     // for each head (D, S) and (S, D)
+  T *query, *scores, *out, *inverse_sum;  // a block of queries of one head
+  T* rows;                                // (S, D) on its way to keys_t
   BiasRows<T> bias;
 
-  size_t place(const Attention& a, const Shape& shape, void* base) {
+  size_t place(const Attention& a, const Shape& shape, int64_t heads, void* base) {
     Arena<T> arena{static_cast<char*>(base)};
-    keys_t = arena.take(shape.depth * shape.padded_keys);
-    values = arena.take(shape.keys * shape.padded_depth);
+    keys_t = arena.take(heads * shape.depth * shape.padded_keys);
+    values = arena.take(heads * shape.keys * shape.padded_depth);
     query = arena.take(kQueryBlock * shape.padded_depth);
     scores = arena.take(kQueryBlock * shape.padded_keys);
     out = arena.take(kQueryBlock * shape.padded_depth);
     inverse_sum = arena.take(kQueryBlock);
-    bias.place(a, shape, arena);
-    keys = arena.take(shape.keys * shape.padded_depth);
+    bias.place(a, shape, heads, arena);
+    rows = arena.take(shape.keys * shape.padded_depth);
     return arena.used;
   }
 };
 
 template <class T>
-void forward(const Attention& a, int64_t b, int64_t h, Range queries) {
+void forward(const Attention& a, int64_t b, Range heads, Range queries) {
   const Shape shape = shape_of<T>(a);
   const int64_t D = shape.depth, S = shape.keys, Dp = shape.padded_depth, Sp = shape.padded_keys;
+  const int64_t count = heads.end - heads.begin;
   ForwardBuffers<T> m;
-  m.place(a, shape, thread_scratch(m.place(a, shape, nullptr)));
+  m.place(a, shape, count, thread_scratch(Scratch::kTask, m.place(a, shape, count, nullptr)));
 
-  load_rows(m.keys, Dp, a.key, b, h, 0, S, T(1));
-  transpose(m.keys, S, D, Dp, m.keys_t, Sp);
-  load_rows(m.values, Dp, a.value, b, h, 0, S, T(1));
-  m.bias.begin(a, shape, b, h);
+  for (int64_t i = 0; i < count; ++i) {
+    load_rows(m.rows, Dp, a.key, b, heads.begin + i, 0, S, T(1));
+    transpose(m.rows, S, D, Dp, m.keys_t + i * D * Sp, Sp);
+    load_rows(m.values + i * S * Dp, Dp, a.value, b, heads.begin + i, 0, S, T(1));
+  }
+  m.bias.begin(a, b, heads);
 
   for (int64_t first = queries.begin; first < queries.end; first += kQueryBlock) {
     const int64_t n = queries.end - first < kQueryBlock ? queries.end - first : kQueryBlock;
-    load_rows(m.query, Dp, a.query, b, h, first, n, T(a.scale * kLog2E));
-    m.bias.next(a, shape, b, h, first, n);
-    gemm<T>({m.query, Dp, 1, m.keys_t, Sp, m.scores, Sp, n, Sp, D, false});
-    for (int64_t i = 0; i < n; ++i) m.inverse_sum[i] = softmax_row(m.scores + i * Sp, m.bias.row(i), Sp);
-    gemm<T>({m.scores, Sp, 1, m.values, Dp, m.out, Dp, n, Dp, S, false});
-    store_rows(m.out, Dp, a.out, b, h, first, n, T(1), m.inverse_sum);
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      const T* keys_t = m.keys_t + (h - heads.begin) * D * Sp;
+      const T* values = m.values + (h - heads.begin) * S * Dp;
+      load_rows(m.query, Dp, a.query, b, h, first, n, T(a.scale * kLog2E));
+      m.bias.next(a, b, h, first, n);
+      gemm<T>({m.query, Dp, 1, keys_t, Sp, m.scores, Sp, n, Sp, D, false});
+      softmax_rows(m.scores, m.bias, m.inverse_sum, n, Sp);
+      gemm<T>({m.scores, Sp, 1, values, Dp, m.out, Dp, n, Dp, S, false});
+      store_rows(m.out, Dp, a.out, b, h, first, n, T(1), m.inverse_sum);
+    }
   }
 }
 
@@ -191,21 +225,22 @@ inline void softmax_backward_row(T* p, T* dp, T inverse_sum, int64_t padded) {
 
 template <class T>
 struct BackwardBuffers {
-  T *keys, *keys_t, *values_t;                // (S, D), (D, S), (D, S)
-  T *query, *grad_out, *grad_query, *p, *ds;  // blocks of queries
+  T *keys, *keys_t, *values_t;                              // for each head (S, D), (D, S), (D, S)
+  T *query, *grad_out, *grad_query, *p, *ds, *inverse_sum;  // a block of queries of one head
   BiasRows<T> bias;
 
-  size_t place(const Attention& a, const Shape& shape, void* base) {
+  size_t place(const Attention& a, const Shape& shape, int64_t heads, void* base) {
     Arena<T> arena{static_cast<char*>(base)};
-    keys = arena.take(shape.keys * shape.padded_depth);
-    keys_t = arena.take(shape.depth * shape.padded_keys);
-    values_t = arena.take(shape.depth * shape.padded_keys);
+    keys = arena.take(heads * shape.keys * shape.padded_depth);
+    keys_t = arena.take(heads * shape.depth * shape.padded_keys);
+    values_t = arena.take(heads * shape.depth * shape.padded_keys);
     query = arena.take(kQueryBlock * shape.padded_depth);
     grad_out = arena.take(kQueryBlock * shape.padded_depth);
     grad_query = arena.take(kQueryBlock * shape.padded_depth);
     p = arena.take(kQueryBlock * shape.padded_keys);
     ds = arena.take(kQueryBlock * shape.padded_keys);
-    bias.place(a, shape, arena);
+    inverse_sum = arena.take(kQueryBlock);
+    bias.place(a, shape, heads, arena);
     return arena.used;
   }
 };
@@ -248,43 +283,49 @@ void zero_bias_gradient(const Attention& a, const BackwardTask& task, const Shap
 }
 
 template <class T>
-void backward_one(const Attention& a, const BackwardTask& task, const Shape& shape, BackwardBuffers<T>& m,
-                  int64_t b, int64_t h) {
+void backward_batch(const Attention& a, const BackwardTask& task, const Shape& shape, BackwardBuffers<T>& m,
+                    int64_t b) {
   const int64_t D = shape.depth, S = shape.keys, Dp = shape.padded_depth, Sp = shape.padded_keys;
-  T* grad_key = reinterpret_cast<T*>(task.key_value + (b * a.heads() + h) * task.key_value_stride);
-  T* grad_value = grad_key + S * Dp;
+  const Range heads = task.heads;
   const bool want_ds = a.grad_query || a.grad_key || a.grad_bias || a.grad_table;
 
-  if (want_ds) {  // Vᵀ first: its rows pass through the buffer that K keeps
-    load_rows(m.keys, Dp, a.value, b, h, 0, S, T(1));
-    transpose(m.keys, S, D, Dp, m.values_t, Sp);
+  for (int64_t h = heads.begin; h < heads.end; ++h) {
+    const int64_t i = h - heads.begin;
+    T* keys = m.keys + i * S * Dp;  // V's rows pass through here on their way to Vᵀ
+    load_rows(keys, Dp, a.value, b, h, 0, S, T(1));
+    transpose(keys, S, D, Dp, m.values_t + i * D * Sp, Sp);
+    load_rows(keys, Dp, a.key, b, h, 0, S, T(1));
+    transpose(keys, S, D, Dp, m.keys_t + i * D * Sp, Sp);
   }
-  load_rows(m.keys, Dp, a.key, b, h, 0, S, T(1));
-  transpose(m.keys, S, D, Dp, m.keys_t, Sp);
-  m.bias.begin(a, shape, b, h);
+  m.bias.begin(a, b, heads);
 
   for (int64_t first = task.queries.begin; first < task.queries.end; first += kQueryBlock) {
     const int64_t left = task.queries.end - first, n = left < kQueryBlock ? left : kQueryBlock;
     const bool accumulate = first != task.queries.begin;
-    load_rows(m.query, Dp, a.query, b, h, first, n, T(a.scale * kLog2E));
-    load_rows(m.grad_out, Dp, a.grad_out, b, h, first, n, T(1));
-    m.bias.next(a, shape, b, h, first, n);
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      const int64_t i = h - heads.begin;
+      T* grad_key = reinterpret_cast<T*>(task.key_value + (b * a.heads() + h) * task.key_value_stride);
+      T* grad_value = grad_key + S * Dp;
+      load_rows(m.query, Dp, a.query, b, h, first, n, T(a.scale * kLog2E));
+      load_rows(m.grad_out, Dp, a.grad_out, b, h, first, n, T(1));
+      m.bias.next(a, b, h, first, n);
 
-    gemm<T>({m.query, Dp, 1, m.keys_t, Sp, m.p, Sp, n, Sp, D, false});
-    if (want_ds) gemm<T>({m.grad_out, Dp, 1, m.values_t, Sp, m.ds, Sp, n, Sp, D, false});
-    for (int64_t i = 0; i < n; ++i) {
-      const T inverse_sum = softmax_row(m.p + i * Sp, m.bias.row(i), Sp);
-      softmax_backward_row(m.p + i * Sp, m.ds + i * Sp, inverse_sum, Sp);
-    }
-    if (a.grad_value) gemm<T>({m.p, 1, Sp, m.grad_out, Dp, grad_value, Dp, S, Dp, n, accumulate});
-    if (a.grad_key) gemm<T>({m.ds, 1, Sp, m.query, Dp, grad_key, Dp, S, Dp, n, accumulate});
-    if (a.grad_query) {
-      gemm<T>({m.ds, Sp, 1, m.keys, Dp, m.grad_query, Dp, n, Dp, S, false});
-      store_rows(m.grad_query, Dp, a.grad_query, b, h, first, n, T(a.scale));
-    }
-    if (a.grad_bias || a.grad_table) {
-      for (int64_t i = 0; i < n; ++i) {
-        add_bias_gradient(a, task, shape, b, h, first + i, m.bias.index(i), m.ds + i * Sp);
+      gemm<T>({m.query, Dp, 1, m.keys_t + i * D * Sp, Sp, m.p, Sp, n, Sp, D, false});
+      if (want_ds) gemm<T>({m.grad_out, Dp, 1, m.values_t + i * D * Sp, Sp, m.ds, Sp, n, Sp, D, false});
+      softmax_rows(m.p, m.bias, m.inverse_sum, n, Sp);
+      for (int64_t r = 0; r < n; ++r) {
+        softmax_backward_row(m.p + r * Sp, m.ds + r * Sp, m.inverse_sum[r], Sp);
+      }
+      if (a.grad_value) gemm<T>({m.p, 1, Sp, m.grad_out, Dp, grad_value, Dp, S, Dp, n, accumulate});
+      if (a.grad_key) gemm<T>({m.ds, 1, Sp, m.query, Dp, grad_key, Dp, S, Dp, n, accumulate});
+      if (a.grad_query) {
+        gemm<T>({m.ds, Sp, 1, m.keys + i * S * Dp, Dp, m.grad_query, Dp, n, Dp, S, false});
+        store_rows(m.grad_query, Dp, a.grad_query, b, h, first, n, T(a.scale));
+      }
+      if (a.grad_bias || a.grad_table) {
+        for (int64_t r = 0; r < n; ++r) {
+          add_bias_gradient(a, task, shape, b, h, first + r, m.bias.index(r), m.ds + r * Sp);
+        }
       }
     }
   }
@@ -293,12 +334,11 @@ void backward_one(const Attention& a, const BackwardTask& task, const Shape& sha
 template <class T>
 void backward(const Attention& a, const BackwardTask& task) {
   const Shape shape = shape_of<T>(a);
+  const int64_t heads = task.heads.end - task.heads.begin;
   BackwardBuffers<T> m;
-  m.place(a, shape, thread_scratch(m.place(a, shape, nullptr)));
+  m.place(a, shape, heads, thread_scratch(Scratch::kTask, m.place(a, shape, heads, nullptr)));
   zero_bias_gradient<T>(a, task, shape);
-  for (int64_t b = task.batch.begin; b < task.batch.end; ++b) {
-    for (int64_t h = task.heads.begin; h < task.heads.end; ++h) backward_one(a, task, shape, m, b, h);
-  }
+  for (int64_t b = task.batch.begin; b < task.batch.end; ++b) backward_batch(a, task, shape, m, b);
 }
 
 template <class T>
@@ -325,7 +365,7 @@ template <class T>
 void store_key_value(const Attention& a, int64_t b, int64_t h, const char* partials, int64_t count,
                      int64_t stride) {
   const Shape shape = shape_of<T>(a);
-  T* row = static_cast<T*>(thread_scratch(shape.padded_depth * sizeof(T)));
+  T* row = static_cast<T*>(thread_scratch(Scratch::kTask, shape.padded_depth * sizeof(T)));
   // q carried scale · log₂e into dK.
   const Tensor* targets[2] = {&a.grad_key, &a.grad_value};
   const T scales[2] = {T(kLn2), T(1)};
@@ -343,7 +383,7 @@ template <class T>
 void store_bias(const Attention& a, int64_t b, int64_t h, const char* partials, int64_t count,
                 int64_t stride) {
   const Shape shape = shape_of<T>(a);
-  T* row = static_cast<T*>(thread_scratch(shape.padded_keys * sizeof(T)));
+  T* row = static_cast<T*>(thread_scratch(Scratch::kTask, shape.padded_keys * sizeof(T)));
   const Tensor& target = a.grad_table ? a.grad_table : a.grad_bias;
   for (int64_t g = 0; g < target.size[2]; ++g) {
     sum_row(row, partials, count, stride, g * shape.padded_keys, shape.padded_keys);

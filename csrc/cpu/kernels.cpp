@@ -16,8 +16,8 @@ namespace {
   ((a).query.dtype == DType::kFloat64 ? function<double>(a, ##__VA_ARGS__) \
                                       : function<float>(a, ##__VA_ARGS__))
 
-void attention_forward(const Attention& a, int64_t b, int64_t h, Range queries) {
-  CK_BY_TYPE(forward, a, b, h, queries);
+void attention_forward(const Attention& a, int64_t b, Range heads, Range queries) {
+  CK_BY_TYPE(forward, a, b, heads, queries);
 }
 
 void attention_backward(const Attention& a, const BackwardTask& task) {

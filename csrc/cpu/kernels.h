@@ -25,7 +25,7 @@ struct Range {
   int64_t begin, end;
 };
 
-// Some queries of all the (b, h) that share one bias gradient; a single (b, h) where none is wanted.
+// Some queries of some heads; where a bias gradient is wanted, of all the (b, h) that share it.
 struct BackwardTask {
   Range batch, heads, queries;
   // Sums over this task's queries, in the type that the kernel computes in. Overwritten. The partial of (b,
@@ -47,7 +47,7 @@ struct MomentsTask {
 
 struct Kernels {
   const char* name;
-  void (*attention_forward)(const Attention&, int64_t b, int64_t h, Range queries);
+  void (*attention_forward)(const Attention&, int64_t b, Range heads, Range queries);
   void (*attention_backward)(const Attention&, const BackwardTask&);
   PartialBytes (*partial_bytes)(const Attention&);
   // grad_key[b, h] and grad_value[b, h]: the sum of `count` partials, in order, `stride` bytes apart.

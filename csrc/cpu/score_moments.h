@@ -30,8 +30,8 @@ inline void row_moments(const Tensor& tensor, int64_t b, int64_t h, int64_t padd
 void score_moments(MomentsTask& task) {
   const int64_t padded = round_up(task.query.size[3], kColumnUnit<double>);
   const int64_t square = padded * padded;
-  double* rows =
-      static_cast<double*>(thread_scratch((kMomentRows * padded + 2 * padded + 2 * square) * sizeof(double)));
+  double* rows = static_cast<double*>(
+      thread_scratch(Scratch::kTask, (kMomentRows * padded + 2 * padded + 2 * square) * sizeof(double)));
   double* query_sum = rows + kMomentRows * padded;
   double* key_sum = query_sum + padded;
   double* query_gram = key_sum + padded;
