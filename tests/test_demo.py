@@ -1,0 +1,100 @@
+"""The demonstration: its parts on true pictures, and all of it with a few steps of everything."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+import tinysd  # noqa: E402
+from customdiff import demo  # noqa: E402
+from customdiff.evaluate import Clip, without_modifiers  # noqa: E402
+from tinysd import world  # noqa: E402
+
+
+def true_pictures(name, count, seed):
+    return [picture for picture, _ in world.concept_pictures(name, count, seed)]
+
+
+@pytest.mark.parametrize("word", demo.CONCEPTS)
+def test_presence_knows_the_concept_from_others_of_its_category(word):
+    name = demo.CONCEPTS[word]
+    subject = world.concepts()[name].subject
+    shows = demo.Presence(subject, true_pictures(name, 8, seed=1))
+    assert sum(shows(true_pictures(name, 12, seed=2))) >= 11
+    others = [c.name for c in world.concepts().values() if c.name != name]
+    assert sum(sum(shows(true_pictures(other, 3, seed=0))) for other in others) <= 1
+
+
+def test_clip_tells_concepts_and_captions_apart():
+    clip = Clip(tinysd.clip_path())
+    dogs, cats = true_pictures("navy_dog", 4, seed=0), true_pictures("mint_cat", 4, seed=0)
+    again = true_pictures("navy_dog", 4, seed=3)
+    assert clip.image_alignment(again, dogs) > clip.image_alignment(again, cats) + 0.05
+    right, wrong = ["photo of a <new1> dog"] * 4, ["photo of a <new1> cup"] * 4
+    assert clip.text_alignment(dogs, right, ["<new1>"]) > clip.text_alignment(dogs, wrong, ["<new1>"]) + 0.05
+    assert (
+        without_modifiers("photo of a <new1> dog and a <new2> cat", ["<new1>", "<new2>"])
+        == "photo of a dog and a cat"
+    )
+    with pytest.raises(ValueError, match="one a sample: got 1 for 4"):
+        clip.text_alignment(dogs, right[:1])
+    with pytest.raises(ValueError, match="empty"):
+        clip.image_alignment([], dogs)
+
+
+def test_the_gap_runs_from_the_base_to_true_pictures():
+    rows = [
+        demo.Row("base", [0.5, 0.4], [0.2, 0.2], [0.0, 0.0], 0.0, None, None),
+        demo.Row("trained", [0.6, 0.7], [0.2, 0.2], [1.0, 0.5], None, 60.0, 12345),
+        demo.Row("true", [0.7, 0.8], [0.2, 0.2], [1.0, 1.0], None, None, None),
+    ]
+    names, header, base, trained, true = demo.table(rows).splitlines()
+    assert all(name in names for name in demo.CONCEPTS.values()) and header.split()[-3:] == [
+        "both",
+        "seconds",
+        "bytes",
+    ]
+    assert base.split()[1:5] == ["0.500", "0%", "0.200", "0%"]
+    assert trained.split()[1:] == [
+        "0.600",
+        "50%",
+        "0.200",
+        "100%",
+        "0.700",
+        "75%",
+        "0.200",
+        "50%",
+        "60.0",
+        "12,345",
+    ]
+    assert true.split()[2] == "100%" and len({len(line) for line in (header, base, trained, true)}) == 1
+
+
+def test_quick_run_end_to_end(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "customdiff.demo", "--quick", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {
+        "contact_sheet.png",
+        "demo.json",
+        "both.merged.safetensors",
+        "regularization",
+        *demo.CONCEPTS.values(),
+    } <= names
+    assert len(list((tmp_path / "out" / "teal_dog").glob("*.png"))) == 6
+    rows = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert [row["name"] for row in rows][-1] == "true pictures" and len(rows) == 5
+    assert all(name in done.stdout for name in (row["name"] for row in rows))
+    full, small = rows[1]["bytes"], rows[2]["bytes"]
+    assert small <= 0.21 * full, "compressed to 20% of the bytes"
+    true = rows[-1]
+    assert min(true["seen"]) >= 0.75 and all(
+        t > b for t, b in zip(true["image"], rows[0]["image"], strict=True)
+    )
