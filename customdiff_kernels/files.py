@@ -227,9 +227,10 @@ def _parse(tensors: dict[str, Tensor], text: Mapping[str, str]) -> LoadedDelta:
         raise ValueError("its content does not match the checksum that it was saved with: it is damaged")
     segments = _parse_segments(fields.pop("segments", None))
     words: dict[str, dict[int, Tensor]] = {}
-    for name in [name for name in tensors if _TOKEN.fullmatch(name)]:
-        number, word = _TOKEN.fullmatch(name).groups()
-        words.setdefault(word, {})[int(number or 1)] = tensors.pop(name)
+    for name in list(tensors):
+        if token := _TOKEN.fullmatch(name):
+            number, word = token.groups()
+            words.setdefault(word, {})[int(number or 1)] = tensors.pop(name)
     for word, rows in words.items():
         if sorted(rows) != list(range(1, len(rows) + 1)):
             raise ValueError(f"its modifier token {word!r} is there for text encoders {sorted(rows)} only")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ def reconstruct(
     deltas = [deltas] if isinstance(deltas, (LowRankDelta, Mapping)) else list(deltas)
     weights = _scales(scales, len(deltas))
     sums = _checks.sum_dtype(stack.weight.dtype)
-    weight, pairs = stack.weight, {}
+    weight = stack.weight
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for index, (delta, scale) in enumerate(zip(deltas, weights, strict=True)):
         if isinstance(delta, LowRankDelta):
             for name, (u, v) in delta.factors.items():
@@ -57,16 +58,18 @@ def reconstruct(
                     pairs.setdefault(name, []).append((u if scale is None else u.to(sums) * scale, v))
         else:
             weight = _add_dense(f"deltas[{index}]", weight, stack, delta, 1.0 if scale is None else scale)
-    u, v, starts = [], [], []
+    us: list[Tensor] = []
+    vs: list[Tensor] = []
+    starts: list[int] = []
     for name, start, _ in stack.segments:
         if found := pairs.get(name):
-            u.append(found[0][0] if len(found) == 1 else torch.cat([p[0].to(sums) for p in found], 1))
-            v.append(found[0][1] if len(found) == 1 else torch.cat([p[1].to(sums) for p in found], 0))
+            us.append(found[0][0] if len(found) == 1 else torch.cat([p[0].to(sums) for p in found], 1))
+            vs.append(found[0][1] if len(found) == 1 else torch.cat([p[1].to(sums) for p in found], 0))
             starts.append(start)
     if out is not None:
-        return _write(out, stack, weight, u, v, starts)
-    result = KVStack(torch.ops.customdiff.reconstruct(weight, u, v, starts), stack.segments)
-    return result if isinstance(base, KVStack) else dict(result)
+        return cast(Base, _write(out, stack, weight, us, vs, starts))
+    result = KVStack(torch.ops.customdiff.reconstruct(weight, us, vs, starts), stack.segments)
+    return cast(Base, result if isinstance(base, KVStack) else dict(result))
 
 
 def compress(
@@ -118,10 +121,10 @@ def compress(
         for name in weak:
             spectra[name] = _lapack(matrices[name])
         exact.update(weak)
-    factors = {
-        name: tuple(f.to(dtype) for f in _factors(matrix, *spectra[name], ranks[name]))
-        for name, matrix in matrices.items()
-    }
+    factors = {}
+    for name, matrix in matrices.items():
+        u, v = _factors(matrix, *spectra[name], ranks[name])
+        factors[name] = (u.to(dtype), v.to(dtype))
     return LowRankDelta(stack.segments, factors)
 
 
@@ -215,18 +218,18 @@ def _budget_ranks(spectra: Sequence[Tensor], costs: Sequence[int], max_bytes: in
 def _scales(scales: float | Sequence[float] | Tensor | None, count: int) -> list[float | Tensor | None]:
     if scales is None:
         return [None] * count
-    if isinstance(scales, (int, float)) or (isinstance(scales, Tensor) and scales.dim() == 0):
-        scales = [scales]
-    if len(scales) != count:
-        raise ValueError(f"scales must have one number for each of the {count} deltas, got {len(scales)}")
-    for index, scale in enumerate(scales):
-        if not isinstance(scale, Tensor) and not math.isfinite(scale):
+    single = isinstance(scales, (int, float)) or (isinstance(scales, Tensor) and scales.dim() == 0)
+    found: list[float | Tensor | None] = [scales] if single else list(scales)  # type: ignore[arg-type, list-item]
+    if len(found) != count:
+        raise ValueError(f"scales must have one number for each of the {count} deltas, got {len(found)}")
+    for index, scale in enumerate(found):
+        if isinstance(scale, (int, float)) and not math.isfinite(scale):
             raise ValueError(f"scales[{index}] must be finite, got {scale}")
-    return list(scales)
+    return found
 
 
 def _check_fits(
-    argument: str, name: str, shape: tuple[int, int], device: torch.device, stack: KVStack
+    argument: str, name: str, shape: tuple[int, ...], device: torch.device, stack: KVStack
 ) -> None:
     if name not in stack:
         raise ValueError(

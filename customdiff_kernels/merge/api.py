@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -110,21 +110,21 @@ class MergeSolver:
         targets, basis = problem.solve(self.factor)
         if out is not None:
             problem.check_out(out, targets)
-        if all(isinstance(weights, KVStack) for weights in problem.weights):
-            full = [weights.weight for weights in problem.weights]
+        full = [weights.weight for weights in problem.weights if isinstance(weights, KVStack)]
+        if len(full) == len(problem.weights):
             if out is not None:
                 torch.ops.customdiff.merge_apply_out(out.weight, stack.weight, full, targets, basis)
-                return out
+                return cast(Base, out)
             weight = torch.ops.customdiff.merge_apply(stack.weight, full, targets, basis)
         else:
             u = torch.cat([problem.residual(n, t) for n, t in enumerate(targets)], 1).split(ops.BLOCK_ROWS)
             starts = list(range(0, stack.weight.shape[0], ops.BLOCK_ROWS))
             if out is not None:
                 torch.ops.customdiff.reconstruct_out(out.weight, stack.weight, u, [basis] * len(u), starts)
-                return out
+                return cast(Base, out)
             weight = torch.ops.customdiff.reconstruct(stack.weight, u, [basis] * len(u), starts)
         merged = KVStack(weight, stack.segments)
-        return merged if isinstance(base, KVStack) else dict(merged)
+        return cast(Base, merged if isinstance(base, KVStack) else dict(merged))
 
     def report(
         self,

@@ -47,7 +47,7 @@ def factorize(matrix: Tensor, rows: int, ridge: float | str) -> tuple[Tensor, fl
     """
     width = matrix.shape[0]
     mean = matrix.diagonal().mean()
-    if ridge == "auto":
+    if isinstance(ridge, str):  # "auto"
         values = torch.linalg.eigvalsh(matrix)
         needed = (values[-1] / SAFE_CONDITION - values[0]).clamp(min=0) / mean
         ridge = float(needed) * 1.01  # the hundredth covers the rounding of the smallest eigenvalue

@@ -115,11 +115,12 @@ def _residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     base, weight, targets = ctx.saved_tensors
-    change = grad @ targets if any(ctx.needs_input_grad[:2]) else None
+    need_base, need_weight, need_targets = ctx.needs_input_grad
+    change = grad @ targets if need_base or need_weight else grad.new_empty(0)
     return (
-        -change.to(base.dtype) if ctx.needs_input_grad[0] else None,
-        change.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-        grad.T @ (weight.to(grad.dtype) - base.to(grad.dtype)) if ctx.needs_input_grad[2] else None,
+        -change.to(base.dtype) if need_base else None,
+        change.to(weight.dtype) if need_weight else None,
+        grad.T @ (weight.to(grad.dtype) - base.to(grad.dtype)) if need_targets else None,
     )
 
 
