@@ -29,7 +29,7 @@ from .files import (
 from .kv_projection import kv_cross_attention, kv_project
 from .layout import LayoutBias
 from .low_rank import LowRankDelta, compress, reconstruct
-from .merge import ConflictingConstraintsError, MergeSolver, SingularRegularizationError
+from .merge import ConflictingConstraintsError, MergeReport, MergeSolver, SingularRegularizationError
 from .stack import KVStack, Segment
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ __all__ = [
     "LayoutBias",
     "LoadedDelta",
     "LowRankDelta",
+    "MergeReport",
     "MergeSolver",
     "Segment",
     "SingularRegularizationError",

@@ -21,7 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import _checks
+
 NAMES = ("reference", "cpu", "triton")
+CONTIGUOUS_ROWS = frozenset({"triton"})  # these read the head dimension with stride 1; the others any strides
 BUILD = "pip install --no-build-isolation -e . in the source folder (or pip install . for a copy)"
 
 
@@ -98,9 +101,14 @@ def load(name: str) -> ModuleType:
     return reference
 
 
-def for_tensor(tensor: torch.Tensor) -> ModuleType:
-    """The module of the chosen backend for ``tensor``'s device and dtype."""
-    return load(choose(tensor.device, tensor.dtype).name)
+def for_tensors(**tensors: torch.Tensor) -> ModuleType:
+    """The module of the backend chosen for these tensors, which agree in device and dtype."""
+    first = next(iter(tensors.values()))
+    name = choose(first.device, first.dtype).name
+    if name in CONTIGUOUS_ROWS:
+        for argument, tensor in tensors.items():
+            _checks.contiguous_rows(argument, tensor)
+    return load(name)
 
 
 def explain(tensor: torch.Tensor | torch.device | str = "cpu", dtype: torch.dtype | None = None) -> str:

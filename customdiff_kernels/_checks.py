@@ -56,7 +56,7 @@ def contiguous_rows(name: str, value: Tensor) -> None:
     if value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got shape {tuple(value.shape)} with strides "
-            f"{value.stride()}; call {name}.contiguous() (it is not copied behind your back)"
+            f"{value.stride()}; call {name}.contiguous() (nothing is copied behind your back)"
         )
 
 
@@ -71,12 +71,11 @@ def attention(
     """What ``cross_attention`` relies on: query (B,H,N,D), key and value (B,H,S,D), a bias as below."""
     scores(query, key)
     like("value", value, "key", key)
-    contiguous_rows("value", value)
     attention_bias(query, (*query.shape[:3], key.shape[2]), bias, labels, table)
 
 
 def scores(query: Tensor, key: Tensor) -> None:
-    """query (B,H,N,D) floating, key (B,H,S,D) of the same dtype and device, both contiguous in D."""
+    """query (B,H,N,D) floating, key (B,H,S,D) of the same dtype and device; any strides."""
     rank("query", query, "B,H,N,D")
     floating("query", query)
     rank("key", key, "B,H,S,D")
@@ -84,8 +83,6 @@ def scores(query: Tensor, key: Tensor) -> None:
     batch, heads, _, dim = query.shape
     shape("key", key, (batch, heads, key.shape[2], dim), "(B,H,S,D) to go with query")
     same_device("key", key, "query", query)
-    contiguous_rows("query", query)
-    contiguous_rows("key", key)
 
 
 def attention_bias(
@@ -106,7 +103,6 @@ def attention_bias(
         same_device("bias", bias, "query", query)
         if bias.dim() != 4 or any(b != 1 and b != full for b, full in zip(bias.shape, scores, strict=True)):
             raise ValueError(f"bias must be broadcastable to (B,H,N,S) = {scores}, got {tuple(bias.shape)}")
-        contiguous_rows("bias", bias)
     if labels is not None and table is not None:
         if labels.dtype is not torch.int32:
             raise TypeError(f"labels must be int32, got {str(labels.dtype).removeprefix('torch.')}")
@@ -120,7 +116,6 @@ def attention_bias(
                 f"table must have shape ({batch} or 1, regions, {s}) (B|1,R,S), got {tuple(table.shape)}"
             )
         contiguous_rows("labels", labels)
-        contiguous_rows("table", table)
 
 
 def projection(context: Tensor, weight: Tensor, frozen_tokens: int) -> None:
@@ -174,6 +169,4 @@ def kv_block(
         floating(name, tensor)
         same_device(name, tensor, "hidden", hidden)
     same_device("key", key, "hidden", hidden)
-    contiguous_rows("key", key)
-    contiguous_rows("value", value)
     attention_bias(hidden, (batch, heads, n, s), bias, labels, table)

@@ -66,19 +66,24 @@ def gradients(function, args, scale, upstream):
     return out, torch.autograd.grad(out, wanted, upstream.to(out.dtype))
 
 
-def check_against_eager(args, scale, no_worse):
+def check_against_eager(args, scale, no_worse, slack=0):
     exact_args = [x.double() if x is not None and x.is_floating_point() else x for x in args]
     upstream = torch.randn_like(args[0]).to(args[0].dtype)
     exact, exact_grads = gradients(cross_attention_reference, exact_args, scale, upstream)
     peer, peer_grads = gradients(eager, args, scale, upstream)
     ours, our_grads = gradients(OPS.cross_attention.default, args, scale, upstream)
-    no_worse("output", ours, peer, exact)
+    no_worse("output", ours, peer, exact, slack)
     names = [
         n for n, x in zip("query key value bias labels table".split(), args, strict=True) if x is not None
     ]
     names = [n for n in names if n != "labels"]
     for name, o, p, e in zip(names, our_grads, peer_grads, exact_grads, strict=True):
-        no_worse(f"gradient of {name}", o, p, e)
+        if (
+            name == "bias" and o.shape[-1] == 1
+        ):  # a bias of all keys alike changes nothing: zero but for rounding
+            assert o.abs().max() <= 1e-5 if o.dtype is torch.float32 else 2 * p.abs().max() + 1e-2
+            continue
+        no_worse(f"gradient of {name}", o, p, e, slack)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -98,7 +103,9 @@ def test_sd_levels_with_every_bias(kind, backend, device, no_worse):
 def cases(draw):
     b, h, n = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 70))
     s, d = draw(st.integers(1, 140)), draw(st.integers(1, 100))
-    memory = draw(st.tuples(*[st.sampled_from(["bhnd", "bnhd", "sliced", "one batch", "one head"])] * 3))
+    memory = draw(
+        st.tuples(*[st.sampled_from(["bhnd", "bnhd", "sliced", "one batch", "one head", "bhdn"])] * 3)
+    )
     dtype = draw(st.sampled_from(LOW))
     pattern = draw(st.none() | st.tuples(*[st.booleans()] * 4))  # which dimensions of a dense bias are 1
     layout = (
@@ -117,6 +124,8 @@ def strided(shape, memory, dtype, device):
         return torch.randn(b, n + 2, 3, h, d + 3, dtype=dtype, device=device)[:, 1:-1, 1, :, 2:-1].transpose(
             1, 2
         )
+    if memory == "bhdn" and device == "cpu":
+        return torch.randn(b, h, d, n, dtype=dtype).mT
     if memory == "one batch":
         return torch.randn(1, h, n, d, dtype=dtype, device=device).expand(b, -1, -1, -1)
     if memory == "one head":
@@ -140,7 +149,8 @@ def test_random_shapes_and_strides(case, backend, device, no_worse):
         one_labels, one_table, regions = layout
         labels = torch.randint(0, regions, (1 if one_labels else b, n), dtype=torch.int32, device=device)
         table = torch.randn(1 if one_table else b, regions, s, device=device)
-    check_against_eager([q, k, v, bias, labels, table], scale, no_worse)
+    slack = 16 if b * h * n >= 32 else 128
+    check_against_eager([q, k, v, bias, labels, table], scale, no_worse, slack)
 
 
 @pytest.mark.parametrize("kind", ["none", "dense", "layout"])
@@ -340,12 +350,6 @@ GOOD = {"query": (1, 2, 6, 8), "key": (1, 2, 5, 8), "value": (1, 2, 5, 8)}
         ({"key": torch.zeros(1, 2, 5, 8, device="meta")}, ValueError, "key is on meta and query on cpu"),
         ({"value": torch.zeros(1, 2, 6, 8)}, ValueError, "value must have shape .* as key"),
         ({"value": torch.zeros(1, 2, 5, 8, dtype=torch.float64)}, TypeError, "value must be float32"),
-        (
-            {"value": torch.zeros(1, 2, 8, 5).mT},
-            ValueError,
-            r"value must be contiguous in its last .*\.contiguous\(\)",
-        ),
-        ({"query": torch.zeros(1, 2, 8, 6).mT}, ValueError, "query must be contiguous in its last"),
         ({"bias": torch.zeros(6, 4)}, ValueError, r"bias must be broadcastable to \(B,H,N,S\)"),
         ({"bias": torch.zeros(1, 1, 1, 6, 5)}, ValueError, "bias must be broadcastable"),
         ({"bias": torch.zeros(6, 5, dtype=torch.bool)}, TypeError, "got bool; use 0 and -inf"),
@@ -374,6 +378,18 @@ def test_layout_of_another_size_is_named(labels, table, message):
     layout = ck.LayoutBias(torch.zeros(labels, dtype=torch.int64), torch.zeros(table))
     with pytest.raises(ValueError, match=message):
         ck.cross_attention(q, k, k, layout)
+
+
+def test_a_backend_that_needs_contiguous_rows_refuses_others(monkeypatch):
+    monkeypatch.setenv("CK_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_backends, "has_triton", lambda: True)
+    q, k = torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 8, 6).mT
+    for name, arguments in (("query", (k, q, q)), ("key", (q, k, q)), ("value", (q, q, k))):
+        with pytest.raises(
+            ValueError, match=rf"{name} must be contiguous in its last .*{name}\.contiguous\(\)"
+        ):
+            ck.cross_attention(*arguments)
 
 
 def test_operators_check_their_arguments_too():

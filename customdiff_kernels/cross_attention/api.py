@@ -20,9 +20,8 @@ def cross_attention(
     """softmax(query keyᵀ · scale + bias) value, for a context of any length; fastest up to 128 text tokens.
 
     Args:
-        query: (B, H, N, D) float32, bfloat16, float16 or float64. Any strides of B, H and N (expanded ones
-            included); the last dimension must be contiguous. Under ``torch.autocast`` it is cast, as key and
-            value are.
+        query: (B, H, N, D) float32, bfloat16, float16 or float64; any strides, expanded ones included, but
+            on a GPU contiguous in D. Under ``torch.autocast`` it is cast, as key and value are.
         key, value: (B, H, S, D), dtype and device of ``query``; strides as there.
         bias: added after the scale. A tensor broadcastable to (B, H, N, S) in query's dtype or float32, −inf
             and −1e8 included, or a :class:`LayoutBias` (Cones 2, equation 7), whose (N, S) matrix is never
@@ -57,7 +56,7 @@ def score_std(query: Tensor, key: Tensor) -> Tensor:
     takes the result.
 
     Args:
-        query: (B, H, N, D) floating, last dimension contiguous. key: (B, H, S, D), same dtype and device.
+        query: (B, H, N, D), key: (B, H, S, D): as in :func:`cross_attention`.
 
     Returns:
         0-dim tensor, float32 (float64 for float64), on query's device; NaN for fewer than two scores.

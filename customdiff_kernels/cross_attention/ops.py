@@ -59,7 +59,8 @@ def run_forward(
     if out.numel() == 0 or key.shape[2] == 0:
         out.zero_()
         return
-    _backends.for_tensor(query).attention_forward(query, key, value, bias, labels, table, scale, out)
+    backend = _backends.for_tensors(query=query, key=key, value=value)
+    backend.attention_forward(query, key, value, bias, labels, table, scale, out)
 
 
 def _backward(
@@ -113,9 +114,9 @@ def run_backward(
         for grad in wanted:
             grad.zero_()
     elif wanted:
+        backend = _backends.for_tensors(query=query, key=key, value=value)
         if grad_out.stride(-1) != 1:  # the expanded gradient of a sum
             grad_out = grad_out.contiguous()
-        backend = _backends.for_tensor(query)
         backend.attention_backward(grad_out, query, key, value, bias, labels, table, scale, *grads)
 
 
@@ -157,7 +158,7 @@ def _std(query: Tensor, key: Tensor) -> Tensor:
         return torch.full((), torch.nan, dtype=_checks.sum_dtype(query.dtype), device=query.device)
     if query.shape[3] == 0:
         return torch.zeros((), dtype=_checks.sum_dtype(query.dtype), device=query.device)
-    first, second = _backends.for_tensor(query).score_moments(query, key)
+    first, second = _backends.for_tensors(query=query, key=key).score_moments(query, key)
     first, second = (torch.as_tensor(m, dtype=torch.float64, device=query.device) for m in (first, second))
     std = ((second - first * first / n) / (n - 1)).clamp_min(0).sqrt()
     return std.to(_checks.sum_dtype(query.dtype))

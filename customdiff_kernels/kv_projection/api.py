@@ -52,7 +52,7 @@ def kv_cross_attention(
     Args:
         hidden: (B, N, C) image tokens.
         key, value: (B, S, inner), dtype of ``hidden``: views of the stacked projection, read where they lie
-            (any strides, last dimension contiguous).
+            (any strides; on a GPU contiguous in the last dimension).
         w_q: (inner, C), w_out: (C, inner), b_out: (C,): frozen; any floating dtype, cast to hidden's inside
         the call. heads: number of heads, a divisor of ``inner``.
         bias, scale: as :func:`cross_attention`.
