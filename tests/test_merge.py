@@ -401,6 +401,23 @@ def test_two_runs_give_the_same_bits():
     assert torch.equal(first, second)
 
 
+def test_autocast_changes_nothing():
+    stack, reg = base(), torch.randn(60, E)
+    first, second = tuned(stack), compress(tuned(stack) - stack, rank=2)
+    concepts = [(first, torch.randn(3, E)), (second, torch.randn(4, E))]
+
+    def results():
+        solver = MergeSolver(reg)
+        merged = solver.apply(stack, concepts)
+        delta = solver.merge(stack, concepts)
+        return merged.weight, reconstruct(stack, delta).weight, solver.report(stack, concepts, delta).drift
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = results()
+    assert torch.equal(plain[0], mixed[0]) and torch.equal(plain[1], mixed[1]) and plain[2] == mixed[2]
+
+
 @given(rows=st.integers(1, 12), extra=st.integers(0, 6), seed=st.integers(0, 2**16))
 def test_any_mixture_of_repeated_rows_of_one_concept(rows, extra, seed):
     torch.manual_seed(seed)

@@ -34,14 +34,14 @@ class Problem:
         changed = [s for s in self.stack.segments if s.name in weights.factors and weights.rank(s.name)]
         u = [weights.factors[s.name][0].to(sums) for s in changed]
         v = [weights.factors[s.name][1].to(sums) for s in changed]
-        projected = (torch.cat(v) @ features.T).split([len(rows) for rows in v]) if v else []
+        projected = _product(torch.cat(v), features).split([len(rows) for rows in v]) if v else []
         zero = features.new_zeros((self.stack.weight.shape[0], len(features)))
         return torch.ops.customdiff.reconstruct(zero, u, projected, [s.start for s in changed])
 
     def base_values(self, features: Tensor) -> Tensor:
         """W0 cᵀ for every row c: (R,k)."""
         sums = _checks.sum_dtype(self.stack.weight.dtype)
-        return self.stack.weight.to(sums) @ features.to(sums).T
+        return _product(self.stack.weight.to(sums), features.to(sums))
 
     def solve(self, factor: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each concept's constraint features (k_n,E), and the basis that their residuals multiply."""
@@ -62,3 +62,9 @@ class Problem:
             raise ValueError("out= is not differentiable: leave it out, or call within torch.no_grad()")
         if any(out.weight.data_ptr() == weight.data_ptr() for weight in sources):
             raise ValueError("out must not be the weights of a concept, which are still read")
+
+
+def _product(rows: Tensor, features: Tensor) -> Tensor:
+    """rows featuresᵀ in their own dtype, whatever a surrounding autocast says."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ features.T
