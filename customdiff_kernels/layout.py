@@ -234,7 +234,7 @@ def bias_arguments(
         )
     if bias.dim() > 4:
         raise ValueError(f"bias must be broadcastable to (B,H,N,S), got {tuple(bias.shape)}")
-    return bias[(None,) * (4 - bias.dim())], None, None
+    return (bias if bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]), None, None
 
 
 def _scale(scale: float | Tensor) -> float | Tensor:
