@@ -136,7 +136,7 @@ def test_a_step_is_the_equation(config):
     """Against plain modules: the token trained in the table, the K/V of the start token detached."""
     pipeline, reference = load(config.base), load(config.base)
     config = dataclasses.replace(config, prompts=("photo of a <new1> dog",), prior_weight=0.5, shift=0.0)
-    with trainer.patched(pipeline.unet):
+    with ck.patched(pipeline.unet):
         training = trainer.Training(config, pipeline, trainer.Pictures.read(config))
         start = training.generator.get_state()
         training.optimizer.step = lambda: None

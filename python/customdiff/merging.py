@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import customdiff_kernels as ck
-from customdiff_kernels.merge import MergeReport
 
 from .concept import Concept, Rows, base_metadata, encode, tokenize
 
@@ -27,7 +26,7 @@ def merge(
     *,
     prompts: Sequence[Sequence[str]] | None = None,
     ridge: float | str = RIDGE,
-) -> tuple[Concept, MergeReport]:
+) -> tuple[Concept, ck.MergeReport]:
     """One concept with all modifier tokens: on a concept's own words the merged weights do what its own do.
 
     Args:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import customdiff_kernels as ck
-from customdiff_kernels.diffusers import patched
 
 from . import data
 from .base import base_name, load_base
@@ -65,7 +64,7 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
     pictures = Pictures.read(config)  # before the base: a wrong folder should not cost a model's loading
     pipeline = load_base(config.base, config.device) if pipeline is None else pipeline
     checkpoint = output.with_name(output.name + ".checkpoint")
-    with patched(pipeline.unet):
+    with ck.patched(pipeline.unet):
         training = Training(config, pipeline, pictures)
         if config.resume:
             training.restore(checkpoint)
