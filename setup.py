@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -22,7 +23,10 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        if shutil.which("cmake") is None:
+        # pip's cmake and ninja lie beside python, whether or not that environment is activated.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
+        if cmake is None:
             raise RuntimeError("cmake was not found; `pip install cmake ninja` provides it")
         # setuptools may run with a relative path; for an editable install it lies beside the package.
         target = Path.cwd() / self.get_ext_fullpath(ext.name)
@@ -30,18 +34,17 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build),
+            cmake, "-S", str(ROOT), "-B", str(build),
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
-        if shutil.which("ninja"):
-            # An isolated pip build has its own ninja, in a folder that is gone by the next build.
-            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
+        if ninja:  # named on every run: an isolated build's ninja is gone by the next one
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
 
 
 packages = {name: name.replace(".", "/") for name in find_packages(".", include=["customdiff_kernels*"])}

@@ -1,7 +1,7 @@
 """The CPU backend: hands torch tensors to the compiled module ``_C`` as addresses, sizes and strides.
 
-Nothing else imports ``_C``. The functions trust their callers (``cross_attention/ops.py``) for shapes and dtypes only
-as far as a wrong one could not touch foreign memory; that, ``_C`` checks itself.
+Nothing else imports ``_C``. The functions leave the friendly errors to their callers; shapes or dtypes that would
+make a kernel touch foreign memory are refused by ``_C``.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ def available() -> bool:
 def build_info() -> dict[str, Any]:
     """What was built and what this machine runs.
 
-    ``cpu``: False, or a dictionary with ``compiler``, ``isas`` (instruction sets that this build and machine offer,
-    best first) and ``isa`` (the one in use; ``CK_CPU_ISA`` forces one). ``cuda``: False, no CUDA kernels are built.
+    ``cpu``: False, or a dictionary with ``compiler``, ``isas`` (instruction sets that this build and machine
+    offer, best first) and ``isa`` (the one in use; ``CK_CPU_ISA`` forces one). ``cuda``: False, not built.
     """
     if _C is None:
         return {"cpu": False, "cuda": False}
     info = _C.build_info()
-    return {"cpu": {"compiler": info["compiler"], "isas": info["cpu_isas"], "isa": _C.cpu_isa()}, "cuda": False}
+    cpu = {"compiler": info["compiler"], "isas": info["cpu_isas"], "isa": _C.cpu_isa()}
+    return {"cpu": cpu, "cuda": False}
 
 
 def attention_forward(
@@ -59,9 +60,9 @@ def attention_forward(
 ) -> None:
     """out = softmax(query keyᵀ · scale + bias) value, written into ``out``.
 
-    query, out (B,H,N,D), key, value (B,H,S,D): float32, bfloat16, float16 or float64, any strides. The bias is either
-    dense, broadcastable to (B,H,N,S), or the row ``table[b, labels[b, i]]`` of table (B|1,G,S) chosen by labels
-    (B|1,N) int32; both in any of the four dtypes. A row whose every score is -inf gives zeros.
+    query, out (B,H,N,D), key, value (B,H,S,D): float32, bfloat16, float16 or float64, any strides. The bias
+    is either dense, broadcastable to (B,H,N,S), or the row ``table[b, labels[b, i]]`` of table (B|1,G,S)
+    chosen by labels (B|1,N) int32; in any of the four dtypes. A row whose every score is -inf gives zeros.
     """
     _module().attention_forward(
         _describe(query),
@@ -93,8 +94,8 @@ def attention_backward(
 ) -> None:
     """The gradients of :func:`attention_forward`, written into those ``grad_*`` that are given.
 
-    ``grad_bias`` has the bias' own shape, ``grad_table`` the table's, both float32 (float64 for a float64 query). The
-    results do not depend on the number of threads.
+    ``grad_bias`` has the bias' own shape, ``grad_table`` the table's, both float32 (float64 for a float64
+    query). The results do not depend on the number of threads.
     """
     _module().attention_backward(
         _describe(grad_out),

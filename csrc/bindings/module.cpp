@@ -13,6 +13,7 @@ using Four = std::array<int64_t, 4>;
 
 ck::Tensor make_tensor(uintptr_t address, ck::DType dtype, const Four& size, const Four& stride) {
   ck::Tensor tensor;
+  tensor.given = true;
   tensor.data = reinterpret_cast<void*>(address);
   tensor.dtype = dtype;
   for (int i = 0; i < 4; ++i) {

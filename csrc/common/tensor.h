@@ -12,14 +12,15 @@ inline int64_t item_size(DType dtype) {
 }
 
 // Up to four dimensions; size and stride count elements, and a broadcast dimension has stride 0.
-// A tensor that was not given has data == nullptr.
+// A tensor without elements may lie at address 0, so whether it was given at all is said apart.
 struct Tensor {
+  bool given = false;
   void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t size[4] = {0, 0, 0, 0};
   int64_t stride[4] = {0, 0, 0, 0};
 
-  explicit operator bool() const { return data != nullptr; }
+  explicit operator bool() const { return given; }
 
   void* at(int64_t i, int64_t j = 0, int64_t k = 0, int64_t l = 0) const {
     int64_t offset = i * stride[0] + j * stride[1] + k * stride[2] + l * stride[3];

@@ -173,7 +173,7 @@ void attention_backward(Attention a, int threads) {
     task.queries = chunks.range(chunk, N);
     task.key_value = key_value + chunk * chunk_stride;
     task.key_value_stride = key_value_bytes;
-    task.bias = bias + index * bytes.bias;
+    task.bias = reinterpret_cast<double*>(bias + index * bytes.bias);
     isa.attention_backward(a, task);
   });
   if (key_value_bytes) {

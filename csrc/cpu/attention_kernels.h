@@ -245,40 +245,40 @@ struct BackwardBuffers {
   }
 };
 
-// Adds ds of one query to the gradient of its bias.
+// The row of a bias gradient that one query adds to, where every query has its own.
+template <class T>
+inline T* own_bias_row(const Attention& a, int64_t b, int64_t h, int64_t query) {
+  return static_cast<T*>(
+      a.grad_bias.at(a.grad_bias.size[0] == 1 ? 0 : b, a.grad_bias.size[1] == 1 ? 0 : h, query));
+}
+
+// Adds ds of one query to the gradient of its bias. Sums over queries are long, so they are kept in double.
 template <class T>
 inline void add_bias_gradient(const Attention& a, const BackwardTask& task, const Shape& shape, int64_t b,
                               int64_t h, int64_t query, int64_t region, const T* ds) {
-  T* target;
-  int64_t stride = 1;
-  if (a.grad_table) {
-    target = static_cast<T*>(task.bias) + region * shape.padded_keys;
-  } else if (a.grad_bias.size[2] == 1) {
-    target = static_cast<T*>(task.bias);
-  } else {
-    target = static_cast<T*>(
-        a.grad_bias.at(a.grad_bias.size[0] == 1 ? 0 : b, a.grad_bias.size[1] == 1 ? 0 : h, query));
-    stride = a.grad_bias.stride[3];
-    if (a.grad_bias.size[3] == 1) {
-      for (int64_t j = 0; j < shape.keys; ++j) *target += ds[j];
-      return;
-    }
+  if (a.grad_table || a.grad_bias.size[2] == 1) {
+    double* target = task.bias + (a.grad_table ? region : 0) * shape.padded_keys;
+    for (int64_t j = 0; j < shape.keys; ++j) target[j] += ds[j];
+    return;
   }
-  for (int64_t j = 0; j < shape.keys; ++j) target[j * stride] += ds[j];
+  T* target = own_bias_row<T>(a, b, h, query);
+  if (a.grad_bias.size[3] == 1) {
+    for (int64_t j = 0; j < shape.keys; ++j) *target += ds[j];
+  } else {
+    for (int64_t j = 0; j < shape.keys; ++j) target[j * a.grad_bias.stride[3]] += ds[j];
+  }
 }
 
 template <class T>
 void zero_bias_gradient(const Attention& a, const BackwardTask& task, const Shape& shape) {
-  const bool own_rows = a.grad_bias && a.grad_bias.size[2] != 1;
-  if (!own_rows) {
+  if (a.grad_bias && a.grad_bias.size[2] != 1) {
+    for (int64_t query = task.queries.begin; query < task.queries.end; ++query) {
+      T* target = own_bias_row<T>(a, task.batch.begin, task.heads.begin, query);
+      for (int64_t j = 0; j < a.grad_bias.size[3]; ++j) target[j * a.grad_bias.stride[3]] = 0;
+    }
+  } else {
     const int64_t rows = a.grad_table ? a.grad_table.size[2] : a.grad_bias ? 1 : 0;
-    for (int64_t j = 0; j < rows * shape.padded_keys; ++j) static_cast<T*>(task.bias)[j] = 0;
-    return;
-  }
-  for (int64_t query = task.queries.begin; query < task.queries.end; ++query) {
-    T* target = static_cast<T*>(a.grad_bias.at(a.grad_bias.size[0] == 1 ? 0 : task.batch.begin,
-                                               a.grad_bias.size[1] == 1 ? 0 : task.heads.begin, query));
-    for (int64_t j = 0; j < a.grad_bias.size[3]; ++j) target[j * a.grad_bias.stride[3]] = 0;
+    for (int64_t j = 0; j < rows * shape.padded_keys; ++j) task.bias[j] = 0;
   }
 }
 
@@ -348,12 +348,12 @@ PartialBytes partial_sizes(const Attention& a) {
                             : a.grad_bias && a.grad_bias.size[2] == 1 ? 1
                                                                       : 0;
   return {round_up(2 * shape.keys * shape.padded_depth * sizeof(T), 64),
-          round_up(bias_rows * shape.padded_keys * sizeof(T), 64)};
+          round_up(bias_rows * shape.padded_keys * sizeof(double), 64)};
 }
 
-// Row i, summed over the partials in their order.
+// target = the partials' elements [offset, offset + n), added in order.
 template <class T>
-void sum_row(T* target, const char* partials, int64_t count, int64_t stride, int64_t offset, int64_t n) {
+void sum_partials(T* target, const char* partials, int64_t count, int64_t stride, int64_t offset, int64_t n) {
   for (int64_t j = 0; j < n; ++j) target[j] = 0;
   for (int64_t c = 0; c < count; ++c) {
     const T* source = reinterpret_cast<const T*>(partials + c * stride) + offset;
@@ -372,8 +372,8 @@ void store_key_value(const Attention& a, int64_t b, int64_t h, const char* parti
   for (int64_t which = 0; which < 2; ++which) {
     if (!*targets[which]) continue;
     for (int64_t j = 0; j < shape.keys; ++j) {
-      sum_row(row, partials, count, stride, (which * shape.keys + j) * shape.padded_depth,
-              shape.padded_depth);
+      sum_partials(row, partials, count, stride, (which * shape.keys + j) * shape.padded_depth,
+                   shape.padded_depth);
       store_rows(row, shape.padded_depth, *targets[which], b, h, j, 1, scales[which]);
     }
   }
@@ -383,14 +383,14 @@ template <class T>
 void store_bias(const Attention& a, int64_t b, int64_t h, const char* partials, int64_t count,
                 int64_t stride) {
   const Shape shape = shape_of<T>(a);
-  T* row = static_cast<T*>(thread_scratch(Scratch::kTask, shape.padded_keys * sizeof(T)));
+  double* row = static_cast<double*>(thread_scratch(Scratch::kTask, shape.padded_keys * sizeof(double)));
   const Tensor& target = a.grad_table ? a.grad_table : a.grad_bias;
   for (int64_t g = 0; g < target.size[2]; ++g) {
-    sum_row(row, partials, count, stride, g * shape.padded_keys, shape.padded_keys);
+    sum_partials(row, partials, count, stride, g * shape.padded_keys, shape.padded_keys);
     if (target.size[3] == 1) {
       for (int64_t j = 1; j < shape.keys; ++j) row[0] += row[j];
     }
-    store_rows(row, shape.padded_keys, target, b, h, g, 1, T(1));
+    store_rows(row, shape.padded_keys, target, b, h, g, 1, 1.0);
   }
 }
 

@@ -101,7 +101,7 @@ void gemm_panel(const Gemm<T>& g, int64_t column, int64_t vectors) {
 }
 
 template <class T>
-void gemm(const Gemm<T>& g) {
+void gemm_block(const Gemm<T>& g) {
   int64_t vectors = g.columns / kLanes<T>;
   bool half = g.columns % kLanes<T> != 0;
   for (int64_t column = 0; vectors > 0 || half;) {
@@ -115,6 +115,23 @@ void gemm(const Gemm<T>& g) {
     gemm_panel<T, false>(g, column, width);
     vectors -= width;
     column += width * kLanes<T>;
+  }
+}
+
+// Long sums go in equal blocks: the panel of B stays in the first-level cache, and rounding errors grow with
+// the length of a block instead of the whole sum's.
+template <class T>
+void gemm(Gemm<T> g) {
+  constexpr int64_t kDepth = 160;
+  const int64_t blocks = (g.depth + kDepth - 1) / kDepth;
+  const int64_t total = g.depth;
+  for (int64_t i = 0, done = 0; i < blocks; ++i) {
+    g.depth = total * (i + 1) / blocks - done;
+    gemm_block(g);
+    g.a += g.depth * g.a_step;
+    g.b += g.depth * g.b_row;
+    g.accumulate = true;
+    done += g.depth;
   }
 }
 

@@ -28,11 +28,12 @@ struct Range {
 // Some queries of some heads; where a bias gradient is wanted, of all the (b, h) that share it.
 struct BackwardTask {
   Range batch, heads, queries;
-  // Sums over this task's queries, in the type that the kernel computes in. Overwritten. The partial of (b,
-  // h) is at key_value + (b * H + h) * key_value_stride bytes: dK, then dV.
+  // Sums over this task's queries, overwritten. That of (b, h) is dK, then dV, in the type that the kernel
+  // computes in, at key_value + (b * H + h) * key_value_stride bytes; that of the bias is (1, S) if all
+  // queries share it, (regions, S) for a table.
   char* key_value;
   int64_t key_value_stride;
-  void* bias;  // (1, S) of a bias that all queries share, or (G, S) of a table
+  double* bias;
 };
 
 struct PartialBytes {

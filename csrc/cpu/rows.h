@@ -47,11 +47,6 @@ inline uint16_t to_float16(float x) {
 }
 #endif
 
-template <class T>
-inline T read(const uint16_t& x, DType dtype) {
-  return T(dtype == DType::kBFloat16 ? from_bfloat16(x) : from_float16(x));
-}
-
 // target[i] = scale * source[i * stride] for i < n, zero for n <= i < padded.
 template <class T>
 inline void load_row(T* target, const void* source, DType dtype, int64_t stride, int64_t n, int64_t padded,
@@ -142,8 +137,8 @@ inline void store_row(const T* source, void* target, DType dtype, int64_t stride
 
 // Rows [first, first + rows) of tensor[b, h] into packed rows of `padded` elements.
 template <class T>
-inline void load_rows(T* target, int64_t padded, const Tensor& tensor, int64_t b, int64_t h, int64_t first,
-                      int64_t rows, T scale) {
+__attribute__((noinline)) void load_rows(T* target, int64_t padded, const Tensor& tensor, int64_t b,
+                                         int64_t h, int64_t first, int64_t rows, T scale) {
   for (int64_t i = 0; i < rows; ++i) {
     load_row(target + i * padded, tensor.at(b, h, first + i), tensor.dtype, tensor.stride[3], tensor.size[3],
              padded, scale);
@@ -152,8 +147,9 @@ inline void load_rows(T* target, int64_t padded, const Tensor& tensor, int64_t b
 
 // The inverse; row i is scaled by scale * row_scale[i] where row_scale is given.
 template <class T>
-inline void store_rows(const T* source, int64_t padded, const Tensor& tensor, int64_t b, int64_t h,
-                       int64_t first, int64_t rows, T scale, const T* row_scale = nullptr) {
+__attribute__((noinline)) void store_rows(const T* source, int64_t padded, const Tensor& tensor, int64_t b,
+                                          int64_t h, int64_t first, int64_t rows, T scale,
+                                          const T* row_scale = nullptr) {
   for (int64_t i = 0; i < rows; ++i) {
     store_row(source + i * padded, tensor.at(b, h, first + i), tensor.dtype, tensor.stride[3], tensor.size[3],
               row_scale ? scale * row_scale[i] : scale);
@@ -163,8 +159,8 @@ inline void store_rows(const T* source, int64_t padded, const Tensor& tensor, in
 // (rows, columns) with `padded` elements a row -> (columns, rows) with `out_padded` >= rows, zeros beyond
 // rows.
 template <class T>
-inline void transpose(const T* source, int64_t rows, int64_t columns, int64_t padded, T* out,
-                      int64_t out_padded) {
+__attribute__((noinline)) void transpose(const T* source, int64_t rows, int64_t columns, int64_t padded,
+                                         T* out, int64_t out_padded) {
   typedef typename VectorOf<T, 4>::type Four;
   const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
   for (int64_t i = 0; i < whole_rows; i += 4) {

@@ -1,0 +1,246 @@
+// Runs every kernel over awkward shapes on heap blocks of exactly the size that they may touch, and compares
+// with a plain double-precision loop. Built with sanitizers: an access outside a tensor ends the program.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "common/thread_pool.h"
+#include "cpu/attention.h"
+
+namespace {
+
+using ck::DType;
+using ck::Tensor;
+
+std::mt19937 generator(0);
+
+// A tensor on a heap block of its own that holds not one element more, filled with NaN or normal values; and
+// the same values as doubles.
+struct Block {
+  Tensor tensor;
+  std::unique_ptr<char[]> memory;
+
+  Block(DType dtype, std::vector<int64_t> size, std::vector<int64_t> order = {0, 1, 2, 3}) {
+    int64_t count = 1;
+    for (int i = 3; i >= 0; --i) {
+      tensor.size[order[i]] = size[order[i]];
+      tensor.stride[order[i]] = count;
+      count *= size[order[i]];
+    }
+    tensor.given = true;
+    tensor.dtype = dtype;
+    memory.reset(new char[count * ck::item_size(dtype)]);
+    tensor.data = memory.get();
+    std::memset(tensor.data, 0xff, count * ck::item_size(dtype));  // a NaN in every floating type
+  }
+
+  template <class Value>
+  void fill(Value value) {
+    for_each([&](int64_t b, int64_t h, int64_t n, int64_t d) { set(b, h, n, d, value()); });
+  }
+
+  template <class Visit>
+  void for_each(Visit visit) const {
+    for (int64_t b = 0; b < tensor.size[0]; ++b)
+      for (int64_t h = 0; h < tensor.size[1]; ++h)
+        for (int64_t n = 0; n < tensor.size[2]; ++n)
+          for (int64_t d = 0; d < tensor.size[3]; ++d) visit(b, h, n, d);
+  }
+
+  // Only bfloat16, float and double are filled and read; float16 differs from bfloat16 in the conversion
+  // alone, which the Python tests cover.
+  void set(int64_t b, int64_t h, int64_t n, int64_t d, double x) {
+    void* p = tensor.at(b, h, n, d);
+    if (tensor.dtype == DType::kFloat64) {
+      *static_cast<double*>(p) = x;
+    } else if (tensor.dtype == DType::kFloat32) {
+      *static_cast<float*>(p) = float(x);
+    } else if (tensor.dtype == DType::kInt32) {
+      *static_cast<int32_t*>(p) = int32_t(x);
+    } else {
+      const float wide = float(x);
+      uint32_t bits;
+      std::memcpy(&bits, &wide, 4);
+      *static_cast<uint16_t*>(p) = uint16_t(bits >> 16);
+    }
+  }
+
+  // Broadcast dimensions are read at index 0.
+  double get(int64_t b, int64_t h, int64_t n, int64_t d) const {
+    const void* p = tensor.at(tensor.size[0] == 1 ? 0 : b, tensor.size[1] == 1 ? 0 : h,
+                              tensor.size[2] == 1 ? 0 : n, tensor.size[3] == 1 ? 0 : d);
+    if (tensor.dtype == DType::kFloat64) return *static_cast<const double*>(p);
+    if (tensor.dtype == DType::kFloat32) return *static_cast<const float*>(p);
+    if (tensor.dtype == DType::kInt32) return *static_cast<const int32_t*>(p);
+    const uint32_t bits = uint32_t(*static_cast<const uint16_t*>(p)) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+  }
+};
+
+double normal() {
+  return std::normal_distribution<double>()(generator);
+}
+
+void expect_close(double got, double wanted, double tolerance, const char* what) {
+  if (std::abs(got - wanted) <= tolerance * (1 + std::abs(wanted))) return;
+  std::printf("%s: got %.9g, wanted %.9g\n", what, got, wanted);
+  std::exit(1);
+}
+
+enum class Bias { kNone, kFull, kPerKey, kPerQuery, kTable };
+
+void check_attention(int64_t B, int64_t H, int64_t N, int64_t D, int64_t S, DType dtype, Bias kind,
+                     int threads) {
+  const std::vector<int64_t> tokens_first = {0, 2, 1, 3};
+  const DType sums = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const double tolerance = dtype == DType::kFloat64 ? 1e-12 : dtype == DType::kFloat32 ? 2e-5 : 3e-2;
+  Block query(dtype, {B, H, N, D}, tokens_first), key(dtype, {B, H, S, D}),
+      value(dtype, {B, H, S, D}, tokens_first);
+  Block grad_out(dtype, {B, H, N, D}), out(dtype, {B, H, N, D}, tokens_first);
+  Block grad_query(dtype, {B, H, N, D}), grad_key(dtype, {B, H, S, D}), grad_value(dtype, {B, H, S, D});
+  for (Block* block : {&query, &key, &value, &grad_out}) block->fill(normal);
+
+  constexpr int64_t kRegions = 3;
+  std::vector<int64_t> bias_size = {1, 1, 1, 1};
+  if (kind == Bias::kFull) bias_size = {B, H, N, S};
+  if (kind == Bias::kPerKey) bias_size = {1, H, 1, S};
+  if (kind == Bias::kPerQuery) bias_size = {B, 1, N, S};
+  if (kind == Bias::kTable) bias_size = {1, 1, kRegions, S};
+  Block bias(sums, bias_size), grad_bias(sums, bias_size), labels(DType::kInt32, {B, 1, N, 1});
+  bias.fill(normal);
+  if (kind != Bias::kNone && S > 1) {  // one key that no query may see
+    bias.for_each([&](int64_t b, int64_t h, int64_t n, int64_t s) {
+      if (s == S - 1) bias.set(b, h, n, s, -std::numeric_limits<double>::infinity());
+    });
+  }
+  labels.fill([] { return double(generator() % kRegions); });
+  auto bias_at = [&](int64_t b, int64_t h, int64_t n, int64_t s) {
+    if (kind == Bias::kNone) return 0.0;
+    return kind == Bias::kTable ? bias.get(0, 0, int64_t(labels.get(b, 0, n, 0)), s) : bias.get(b, h, n, s);
+  };
+
+  ck::Attention a;
+  a.query = query.tensor, a.key = key.tensor, a.value = value.tensor, a.out = out.tensor;
+  a.scale = 1 / std::sqrt(double(D));
+  if (kind == Bias::kTable) {
+    a.table = bias.tensor, a.labels = labels.tensor, a.grad_table = grad_bias.tensor;
+  } else if (kind != Bias::kNone) {
+    a.bias = bias.tensor, a.grad_bias = grad_bias.tensor;
+  }
+  ck::attention_forward(a, threads);
+  a.grad_out = grad_out.tensor;
+  a.grad_query = grad_query.tensor, a.grad_key = grad_key.tensor, a.grad_value = grad_value.tensor;
+  ck::attention_backward(a, threads);
+
+  Block dk(DType::kFloat64, {B, H, S, D}), dv(DType::kFloat64, {B, H, S, D}), db(DType::kFloat64, bias_size);
+  for (Block* block : {&dk, &dv, &db}) block->fill([] { return 0.0; });
+  auto add = [](Block& block, int64_t b, int64_t h, int64_t n, int64_t d, double x) {
+    block.set(b, h, n, d, block.get(b, h, n, d) + x);
+  };
+  std::vector<double> p(S), dp(S), dq(D);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < H; ++h)
+      for (int64_t n = 0; n < N; ++n) {
+        double largest = -std::numeric_limits<double>::infinity(), sum = 0, dot = 0;
+        for (int64_t s = 0; s < S; ++s) {
+          p[s] = dp[s] = 0;
+          for (int64_t d = 0; d < D; ++d) {
+            p[s] += a.scale * query.get(b, h, n, d) * key.get(b, h, s, d);
+            dp[s] += grad_out.get(b, h, n, d) * value.get(b, h, s, d);
+          }
+          p[s] += bias_at(b, h, n, s);
+          largest = std::max(largest, p[s]);
+        }
+        for (int64_t s = 0; s < S; ++s) sum += p[s] = std::exp(p[s] - largest);
+        for (int64_t s = 0; s < S; ++s) dot += (p[s] /= sum) * dp[s];
+        for (int64_t d = 0; d < D; ++d) {
+          double o = 0;
+          for (int64_t s = 0; s < S; ++s) o += p[s] * value.get(b, h, s, d);
+          expect_close(out.get(b, h, n, d), o, tolerance, "out");
+          dq[d] = 0;
+        }
+        for (int64_t s = 0; s < S; ++s) {
+          const double ds = p[s] * (dp[s] - dot);
+          for (int64_t d = 0; d < D; ++d) {
+            dq[d] += a.scale * ds * key.get(b, h, s, d);
+            add(dk, b, h, s, d, a.scale * ds * query.get(b, h, n, d));
+            add(dv, b, h, s, d, p[s] * grad_out.get(b, h, n, d));
+          }
+          const int64_t row = kind == Bias::kTable ? int64_t(labels.get(b, 0, n, 0))
+                              : bias_size[2] == 1  ? 0
+                                                   : n;
+          if (kind != Bias::kNone) add(db, bias_size[0] == 1 ? 0 : b, bias_size[1] == 1 ? 0 : h, row, s, ds);
+        }
+        for (int64_t d = 0; d < D; ++d)
+          expect_close(grad_query.get(b, h, n, d), dq[d], tolerance, "grad_query");
+      }
+  dk.for_each([&](int64_t b, int64_t h, int64_t s, int64_t d) {
+    expect_close(grad_key.get(b, h, s, d), dk.get(b, h, s, d), tolerance, "grad_key");
+    expect_close(grad_value.get(b, h, s, d), dv.get(b, h, s, d), tolerance, "grad_value");
+  });
+  if (kind != Bias::kNone) {
+    db.for_each([&](int64_t b, int64_t h, int64_t n, int64_t s) {
+      expect_close(grad_bias.get(b, h, n, s), db.get(b, h, n, s), tolerance, "grad_bias");
+    });
+  }
+
+  double sum = 0, squares = 0;
+  dk.for_each([&](int64_t b, int64_t h, int64_t s, int64_t d) {
+    if (d != 0) return;
+    for (int64_t n = 0; n < N; ++n) {
+      double score = 0;
+      for (int64_t i = 0; i < D; ++i) score += query.get(b, h, n, i) * key.get(b, h, s, i);
+      sum += score;
+      squares += score * score;
+    }
+  });
+  const ck::Moments moments = ck::score_moments(query.tensor, key.tensor, threads);
+  expect_close(moments.sum, sum, 1e-9, "sum of scores");
+  expect_close(moments.sum_of_squares, squares, 1e-9, "sum of squared scores");
+}
+
+void check_pool() {
+  std::vector<int> visits(1000, 0);
+  ck::parallel_for(4, 1000, [&](int64_t i) { ++visits[i]; });
+  for (int count : visits) expect_close(count, 1, 0, "visits of a task");
+  bool thrown = false;
+  try {
+    ck::parallel_for(3, 50, [](int64_t i) {
+      if (i == 17) throw std::runtime_error("from a task");
+    });
+  } catch (const std::runtime_error&) {
+    thrown = true;
+  }
+  expect_close(thrown, 1, 0, "an exception that crosses threads");
+}
+
+}  // namespace
+
+int main() {
+  check_pool();
+  int cases = 0;
+  for (const ck::Kernels* const* isa = ck::usable_kernels(); *isa != nullptr; ++isa) {
+    setenv("CK_CPU_ISA", (*isa)->name, 1);
+    const int64_t shapes[][5] = {{1, 1, 1, 1, 1},  {2, 1, 3, 5, 2},   {1, 2, 41, 40, 77}, {2, 3, 7, 13, 17},
+                                 {1, 1, 83, 8, 3}, {1, 2, 5, 161, 9}, {1, 1, 2, 33, 130}, {1, 1, 250, 3, 5},
+                                 {1, 2, 0, 8, 4},  {0, 2, 3, 8, 4}};
+    for (const auto& shape : shapes) {
+      for (DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16}) {
+        for (Bias bias : {Bias::kNone, Bias::kFull, Bias::kPerKey, Bias::kPerQuery, Bias::kTable}) {
+          check_attention(shape[0], shape[1], shape[2], shape[3], shape[4], dtype, bias, 1 + cases++ % 3);
+        }
+      }
+    }
+  }
+  std::printf("%d cases\n", cases);
+  return 0;
+}
