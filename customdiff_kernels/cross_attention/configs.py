@@ -10,16 +10,23 @@ from __future__ import annotations
 from typing import NamedTuple
 
 MIN_TILE = 16  # the inner dimension of a 16-bit tensor-core product
-MAX_KEYS = 128  # one key tile up to here; longer contexts loop over tiles
+MAX_KEYS = 128  # of one key tile
 MAX_DIM = 256
+GRAM_SLICE = 32  # rows of xᵀx a program sums
 
 
 class Config(NamedTuple):
-    """Queries a block, and the launch options of Triton."""
+    """Tiles of the keys and of the head dimension, queries a block, and the launch options of Triton.
 
+    ``reload``: the backward reads K and V for every block of queries instead of keeping them in registers.
+    """
+
+    keys: tuple[int, ...]
+    dims: tuple[int, ...]
     block: int
     num_warps: int
     num_stages: int
+    reload: bool = False
 
 
 def split_dimension(size: int) -> tuple[int, ...]:
@@ -30,22 +37,55 @@ def split_dimension(size: int) -> tuple[int, ...]:
     return (half, rest) if half >= MIN_TILE and half + rest < whole else (whole,)
 
 
-def split_keys(n_keys: int) -> tuple[int, ...]:
-    """The split of one key tile. More than 128 keys are dealt out evenly: 154 -> two times (64, 16)."""
-    n_tiles = -(-n_keys // MAX_KEYS)
+def split_keys(n_keys: int, limit: int) -> tuple[int, ...]:
+    """The split of one key tile of at most ``limit``; more keys are dealt out evenly: 154 -> two times (64, 16)."""
+    n_tiles = -(-n_keys // limit)
+    while sum(split_dimension(-(-n_keys // n_tiles))) > limit:
+        n_tiles += 1
     return split_dimension(-(-n_keys // n_tiles))
 
 
-def forward_config(n_keys: int, head_dim: int, itemsize: int, capability: int) -> Config:
-    return Config(64, 4, 1)
+def forward_config(n_keys: int, dim: int, itemsize: int, n_rows: int, processors: int) -> Config:
+    """One block of queries a program, all keys in registers. ``n_rows``: queries of all heads and batch rows.
+
+    16 bits: a warp holds 16 queries, so the products are exact for any number of warps. 128 queries halve the reads
+    of K and V (as large as q and o at 64), where registers suffice and every multiprocessor still gets two programs.
+    float32: each operand is held as two tf32 halves, so blocks and key tiles shrink.
+    """
+    if itemsize == 4:
+        return Config(split_keys(n_keys, 32), split_dimension(dim), 32 if dim <= 48 else 16, 4, 1)
+    large = dim <= 96 and n_rows >= 2 * 128 * processors
+    return Config(split_keys(n_keys, MAX_KEYS), split_dimension(dim), 128 if large else 64, 8 if large else 4, 1)
 
 
-def backward_config(n_keys: int, head_dim: int, itemsize: int, capability: int) -> Config:
-    return Config(32, 4 if head_dim <= 80 else 8, 1)
+def backward_config(n_keys: int, dim: int, itemsize: int, biased: bool) -> Config:
+    """K, V, dK and dV live in registers, so the key tile is what 65,536 of them hold: 80 keys at head dimension 160.
+
+    Triton lays the warps of a chain of products along the rows or the columns as the last one is tall or wide. Along
+    the rows, all warps would repeat the 16-key tile of dK and dV; hence few queries a block, and keys split until the
+    last product (its key tile by the first tile of the head dimension) is wide.
+    """
+    dims = split_dimension(dim)
+    if itemsize == 4:
+        keys = split_keys(n_keys, 16)
+        if dim > 128:
+            return Config(keys, (32,) * -(-dim // 32), 16, 4, 2, reload=True)
+        return Config(keys, dims, 32 if dim <= 64 else 16, 4, 2)
+    keys = split_keys(n_keys, 80 if dim <= 160 else 48)
+    if len(keys) == 1 and keys[0] // 2 < dims[0] <= keys[0]:
+        keys = (keys[0] // 2, keys[0] // 2)
+    block = 16 if biased or dim > 96 else 32
+    return Config(keys, dims, block, 4 if dim <= 64 else 8, 2)
 
 
-def gram_config(head_dim: int, itemsize: int) -> Config:
-    return Config(32, 4 if head_dim <= 80 else 8, 1)
+def bias_config(n_keys: int, dim: int, itemsize: int) -> Config:
+    """K and V change with every head, so they are pipelined through shared memory (two stages), in small tiles."""
+    dims = (32,) * -(-dim // 32) if itemsize == 4 and dim > 128 else split_dimension(dim)
+    return Config(split_keys(n_keys, 32), dims, 16, 4, 2)
+
+
+def gram_config(dim: int, itemsize: int) -> Config:
+    return Config((), split_dimension(dim), 64 if itemsize == 2 else 16, 4, 2)
 
 
 def split_queries(n_queries: int, block: int, programs: int, processors: int) -> int:

@@ -8,7 +8,7 @@ helpers walk those tuples at compile time; nothing else knows of the split.
   sum over further key tiles beyond.
 - backward: a program keeps one key tile, K, V, dK and dV, and walks one chunk of the queries, recomputing P. The
   chunks' partial sums are added in a fixed order by a second kernel: the same bits on every run, no atomics. Beyond
-  128 keys, a forward pass first saves each row's log-sum-exp.
+  one key tile, a first pass over the keys saves what the softmax of each row needs.
 - bias gradients have their own kernel (few trainings want them, and the main one keeps its registers): a program owns
   one block of the *broadcast* bias and walks the heads and batch rows that share it.
 
@@ -19,6 +19,7 @@ helpers walk those tuples at compile time; nothing else knows of the split.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -31,6 +32,7 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):
     raise ImportError(f"the triton backend needs triton >= 3.3 (tuples in kernels), found {triton.__version__}")
 
 PRECISION = tl.constexpr("tf32x3")
+BiasMatrix = tuple[tuple[Tensor | None, Tensor | None], tuple[int, ...]]  # as _bias_matrix returns it
 
 
 @triton.jit
@@ -110,8 +112,8 @@ def _dot_nt(x, y):
 def _dot_nn(acc, x, y):
     """acc + x y for one tile x and a row block y split along its columns."""
     out = ()
-    for i in tl.static_range(len(y)):
-        out = out + (tl.dot(x.to(y[i].dtype), y[i], acc[i], input_precision=PRECISION),)
+    for i in tl.static_range(len(y) - 1, -1, -1):
+        out = (tl.dot(x.to(y[i].dtype), y[i], acc[i], input_precision=PRECISION),) + out
     return out
 
 
@@ -178,7 +180,7 @@ def _scores(q, k, rows, n_queries, first, n_keys, scale, bias_ptr, bias_rows, bi
 
 
 @triton.jit
-def _fwd_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, labels_ptr,
+def _fwd_kernel(q_ptr, k_ptr, v_ptr, out_ptr, bias_ptr, labels_ptr,
                 q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, out_sb, out_sh, out_sn,
                 bias_sb, bias_sh, bias_sn, bias_ss, n_bias_rows, labels_sb,
                 heads, n_queries, n_keys, n_blocks, scale,
@@ -218,23 +220,69 @@ def _fwd_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, labels_ptr,
         total += _row_sum(p)
         for j in tl.static_range(len(KEYS)):
             acc = _dot_nn(acc, p[j], v[j])
-    out = _scaled(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None])
-    _store(out_ptr, rows, n_queries, out_sn, out, DIM, DIMS, ALIGN)
-    if lse_ptr is not None:
-        lse = tl.where(total == 0.0, float("inf"), _finite(top) + tl.log(total))
-        tl.store(lse_ptr + (b * heads + h) * n_queries + rows, lse, mask=rows < n_queries)
+    norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+    _store(out_ptr, rows, n_queries, out_sn, _scaled(acc, norm[:, None]), DIM, DIMS, ALIGN)
+
+
+@triton.jit
+def _stats_kernel(g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, labels_ptr, stats_ptr,
+                  g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn,
+                  bias_sb, bias_sh, bias_sn, bias_ss, n_bias_rows, labels_sb,
+                  stats_stride, heads, n_queries, n_keys, n_blocks, scale,
+                  DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+                  ALIGN: tl.constexpr):  # fmt: skip
+    """What a backward over several key tiles needs of each row: max s, 1/Σexp(s − max) and D = Σ P∘dP."""
+    pid = tl.program_id(0)
+    h = (pid % heads).to(tl.int64)
+    block = (pid // heads) % n_blocks
+    b = (pid // heads // n_blocks).to(tl.int64)
+    q_ptr += tl.multiple_of(b * q_sb + h * q_sh, ALIGN)
+    g_ptr += tl.multiple_of(b * g_sb + h * g_sh, ALIGN)
+    k_ptr += tl.multiple_of(b * k_sb + h * k_sh, ALIGN)
+    v_ptr += tl.multiple_of(b * v_sb + h * v_sh, ALIGN)
+    stats_ptr += (b * heads + h) * n_queries
+    if bias_ptr is not None:
+        bias_ptr += b * bias_sb + h * bias_sh
+    if labels_ptr is not None:
+        labels_ptr += b * labels_sb
+
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    q = _load(q_ptr, rows, n_queries, q_sn, DIM, DIMS, ALIGN)
+    g = _load(g_ptr, rows, n_queries, g_sn, DIM, DIMS, ALIGN)
+    bias_rows = _bias_rows(labels_ptr, rows, n_queries)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    delta = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, n_keys, TILE):
+        k = _load_keys(k_ptr, first, n_keys, k_sn, KEYS, DIM, DIMS, ALIGN)
+        v = _load_keys(v_ptr, first, n_keys, v_sn, KEYS, DIM, DIMS, ALIGN)
+        s = _scores(q, k, rows, n_queries, first, n_keys, scale, bias_ptr, bias_rows, bias_sn, bias_ss, n_bias_rows,
+                    KEYS)  # fmt: skip
+        before = top
+        top = tl.maximum(before, _row_max(s))
+        p = _exp(s, _finite(top))
+        weighted = ()
+        for j in tl.static_range(len(KEYS)):
+            weighted = weighted + (p[j] * _dot_nt(g, v[j]),)
+        fade = tl.exp(before - _finite(top))
+        total = total * fade + _row_sum(p)
+        delta = delta * fade + _row_sum(weighted)
+    norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+    tl.store(stats_ptr + rows, _finite(top), mask=rows < n_queries)
+    tl.store(stats_ptr + stats_stride + rows, norm, mask=rows < n_queries)
+    tl.store(stats_ptr + 2 * stats_stride + rows, delta * norm, mask=rows < n_queries)
 
 
 @triton.jit
 def _score_gradients(q, g, k, v, rows, n_queries, first, n_keys, scale,
-                     bias_ptr, bias_rows, bias_sn, bias_ss, n_bias_rows, lse_ptr, delta_ptr,
+                     bias_ptr, bias_rows, bias_sn, bias_ss, n_bias_rows, stats_ptr, stats_stride,
                      KEYS: tl.constexpr):  # fmt: skip
     """P and ∂L/∂s = P∘(dP − D) of a block of queries and one key tile, each as tiles (rows, KEYS[j])."""
     s = _scores(q, k, rows, n_queries, first, n_keys, scale, bias_ptr, bias_rows, bias_sn, bias_ss, n_bias_rows, KEYS)
     dp = ()
     for j in tl.static_range(len(KEYS)):
         dp = dp + (_dot_nt(g, v[j]),)
-    if lse_ptr is None:  # every key is here
+    if stats_ptr is None:  # every key is here
         p = _exp(s, _finite(_row_max(s)))
         total = _row_sum(p)
         p = _scaled(p, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None])
@@ -243,8 +291,10 @@ def _score_gradients(q, g, k, v, rows, n_queries, first, n_keys, scale,
             weighted = weighted + (p[j] * dp[j],)
         delta = _row_sum(weighted)
     else:
-        p = _exp(s, tl.load(lse_ptr + rows, mask=rows < n_queries, other=float("inf")))
-        delta = tl.load(delta_ptr + rows, mask=rows < n_queries, other=0.0)
+        top = tl.load(stats_ptr + rows, mask=rows < n_queries, other=0.0)
+        norm = tl.load(stats_ptr + stats_stride + rows, mask=rows < n_queries, other=0.0)
+        delta = tl.load(stats_ptr + 2 * stats_stride + rows, mask=rows < n_queries, other=0.0)
+        p = _scaled(_exp(s, top), norm[:, None])
     ds = ()
     for j in tl.static_range(len(KEYS)):
         ds = ds + (p[j] * (dp[j] - delta[:, None]),)
@@ -252,13 +302,13 @@ def _score_gradients(q, g, k, v, rows, n_queries, first, n_keys, scale,
 
 
 @triton.jit
-def _bwd_kernel(g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, labels_ptr, lse_ptr, delta_ptr,
+def _bwd_kernel(g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, labels_ptr, stats_ptr,
                 dq_ptr, dk_ptr, dv_ptr,
                 g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn,
                 dq_st, dq_sb, dq_sh, dq_sn, bias_sb, bias_sh, bias_sn, bias_ss, n_bias_rows, labels_sb,
-                heads, n_queries, n_keys, n_chunks, n_tiles, chunk, scale,
+                stats_stride, heads, n_queries, n_keys, n_chunks, n_tiles, chunk, scale,
                 DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-                ALIGN: tl.constexpr):  # fmt: skip
+                RELOAD: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     pid = tl.program_id(0)
     h = (pid % heads).to(tl.int64)
     part = (pid // heads) % n_chunks
@@ -273,9 +323,8 @@ def _bwd_kernel(g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, labels_ptr, lse_ptr, delta
         bias_ptr += b * bias_sb + h * bias_sh
     if labels_ptr is not None:
         labels_ptr += b * labels_sb
-    if lse_ptr is not None:
-        lse_ptr += row_of_head * n_queries
-        delta_ptr += row_of_head * n_queries
+    if stats_ptr is not None:
+        stats_ptr += row_of_head * n_queries
     if dq_ptr is not None:
         dq_ptr += tl.multiple_of(tile.to(tl.int64) * dq_st + b * dq_sb + h * dq_sh, ALIGN)
 
@@ -285,12 +334,20 @@ def _bwd_kernel(g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, labels_ptr, lse_ptr, delta
     dk = _zero_keys(KEYS, DIMS)
     dv = _zero_keys(KEYS, DIMS)
     for start in range(part * chunk, min(part * chunk + chunk, n_queries), BLOCK):
+        if RELOAD:
+            k = _load_keys(k_ptr, first, n_keys, k_sn, KEYS, DIM, DIMS, ALIGN)
+            v = _load_keys(v_ptr, first, n_keys, v_sn, KEYS, DIM, DIMS, ALIGN)
         rows = start + tl.arange(0, BLOCK)
         q = _load(q_ptr, rows, n_queries, q_sn, DIM, DIMS, ALIGN)  # (BLOCK, DIM); zero past the last query,
         g = _load(g_ptr, rows, n_queries, g_sn, DIM, DIMS, ALIGN)  # so such rows add nothing to dK and dV
         bias_rows = _bias_rows(labels_ptr, rows, n_queries)
         p, ds = _score_gradients(q, g, k, v, rows, n_queries, first, n_keys, scale, bias_ptr, bias_rows, bias_sn,
-                                 bias_ss, n_bias_rows, lse_ptr, delta_ptr, KEYS)  # fmt: skip
+                                 bias_ss, n_bias_rows, stats_ptr, stats_stride, KEYS)  # fmt: skip
+        if dq_ptr is not None:
+            dq = _zeros(BLOCK, DIMS)
+            for j in tl.static_range(len(KEYS)):
+                dq = _dot_nn(dq, ds[j], k[j])
+            _store(dq_ptr, rows, n_queries, dq_sn, _scaled(dq, scale), DIM, DIMS, ALIGN)
         if dk_ptr is not None:
             new_dk = ()
             new_dv = ()
@@ -299,11 +356,6 @@ def _bwd_kernel(g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, labels_ptr, lse_ptr, delta
                 new_dk = new_dk + (_dot_tn(dk[j], ds[j], q),)
             dv = new_dv
             dk = new_dk
-        if dq_ptr is not None:
-            dq = _zeros(BLOCK, DIMS)
-            for j in tl.static_range(len(KEYS)):
-                dq = _dot_nn(dq, ds[j], k[j])
-            _store(dq_ptr, rows, n_queries, dq_sn, _scaled(dq, scale), DIM, DIMS, ALIGN)
 
     if dk_ptr is not None:  # partial sums (chunks, B, H, n_keys, DIM), without gaps
         batch = tl.num_programs(0) // heads // n_chunks // n_tiles
@@ -338,10 +390,10 @@ def _sum_kernel(dk_parts_ptr, dv_parts_ptr, dk_ptr, dv_ptr,
 
 
 @triton.jit
-def _bias_bwd_kernel(g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, labels_ptr, lse_ptr, delta_ptr, grad_ptr,
+def _bias_bwd_kernel(g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, labels_ptr, stats_ptr, grad_ptr,
                      g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn,
                      bias_sb, bias_sh, bias_sn, bias_ss, n_bias_rows, labels_sb,
-                     grad_sp, grad_sb, grad_sh, grad_sn, heads, shared_heads, shared_batch,
+                     grad_sp, grad_sb, grad_sh, grad_sn, stats_stride, heads, shared_heads, shared_batch,
                      n_queries, n_keys, n_blocks, n_tiles, scale,
                      DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr,
                      BLOCK: tl.constexpr, ONE_ROW: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
@@ -376,10 +428,10 @@ def _bias_bwd_kernel(g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, labels_ptr, lse_ptr, 
             bias_rows = _bias_rows(labels_ptr + b * labels_sb, rows, n_queries)
         else:
             bias_rows = _bias_rows(None, rows, n_queries)
-        offset = (b * heads + h) * n_queries
-        p, ds = _score_gradients(q, g, k, v, rows, n_queries, first, n_keys, scale, bias_ptr + b * bias_sb + h * bias_sh,
-                                 bias_rows, bias_sn, bias_ss, n_bias_rows, lse_ptr + offset if lse_ptr is not None else None,
-                                 delta_ptr + offset if lse_ptr is not None else None, KEYS)  # fmt: skip
+        matrix_ptr = bias_ptr + b * bias_sb + h * bias_sh
+        row_stats_ptr = stats_ptr + (b * heads + h) * n_queries
+        p, ds = _score_gradients(q, g, k, v, rows, n_queries, first, n_keys, scale, matrix_ptr, bias_rows, bias_sn,
+                                 bias_ss, n_bias_rows, row_stats_ptr, stats_stride, KEYS)  # fmt: skip
         acc = _added(acc, ds)
 
     grad_ptr += first_b.to(tl.int64) * grad_sb + first_h.to(tl.int64) * grad_sh
@@ -403,29 +455,27 @@ def _bias_bwd_kernel(g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, labels_ptr, lse_ptr, 
 
 @triton.jit
 def _gram_kernel(x_ptr, gram_ptr, sum_ptr, x_sb, x_sh, x_sn, heads, n_rows, n_chunks, chunk,
-                 DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """xᵀx (DIM, DIM), and Σ rows (DIM,) of one chunk of rows of one head."""
+                 DIM: tl.constexpr, DIMS: tl.constexpr, SLICE: tl.constexpr, N_SLICES: tl.constexpr,
+                 BLOCK: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """SLICE rows of xᵀx (DIM, DIM) and of Σ rows (DIM,), over one chunk of the rows of one head."""
     pid = tl.program_id(0)
-    part = pid % n_chunks
-    row_of_head = (pid // n_chunks).to(tl.int64)
+    columns = (pid % N_SLICES) * SLICE + tl.arange(0, SLICE)
+    part = (pid // N_SLICES) % n_chunks
+    row_of_head = (pid // N_SLICES // n_chunks).to(tl.int64)
     x_ptr += tl.multiple_of((row_of_head // heads) * x_sb + (row_of_head % heads) * x_sh, ALIGN)
-    gram = _zero_keys(DIMS, DIMS)
-    total = ()
-    for i in tl.static_range(len(DIMS)):
-        total = total + (tl.zeros([DIMS[i]], tl.float32),)
+    gram = _zeros(SLICE, DIMS)
+    total = tl.zeros([SLICE], tl.float32)
     for start in range(part * chunk, min(part * chunk + chunk, n_rows), BLOCK):
-        x = _load(x_ptr, start + tl.arange(0, BLOCK), n_rows, x_sn, DIM, DIMS, ALIGN)
-        new_gram = ()
-        new_total = ()
-        for i in tl.static_range(len(DIMS)):
-            new_gram = new_gram + (_dot_tn(gram[i], x[i], x),)
-            new_total = new_total + (total[i] + tl.sum(x[i].to(tl.float32), 0),)
-        gram = new_gram
-        total = new_total
-    for i in tl.static_range(len(DIMS)):
-        rows = i * DIMS[0] + tl.arange(0, DIMS[i])
-        _store(gram_ptr + pid.to(tl.int64) * DIM * DIM, rows, DIM, DIM, gram[i], DIM, DIMS, 1)
-        tl.store(sum_ptr + pid.to(tl.int64) * DIM + rows, total[i], mask=rows < DIM)
+        rows = start + tl.arange(0, BLOCK)
+        x = _load(x_ptr, rows, n_rows, x_sn, DIM, DIMS, ALIGN)
+        starts = tl.multiple_of(rows.to(tl.int64) * x_sn, ALIGN)
+        mask = (rows < n_rows)[:, None] & (columns < DIM)[None, :]
+        slice = tl.load(x_ptr + starts[:, None] + columns[None, :], mask=mask, other=0.0)
+        gram = _dot_tn(gram, slice, x)
+        total += tl.sum(slice.to(tl.float32), 0)
+    offset = (row_of_head * n_chunks + part) * DIM
+    _store(gram_ptr + offset * DIM, columns, DIM, DIM, gram, DIM, DIMS, 1)
+    tl.store(sum_ptr + offset + columns, total, mask=columns < DIM)
 
 
 def attention_forward(
@@ -438,8 +488,23 @@ def attention_forward(
     scale: float,
     out: Tensor,
 ) -> None:
-    """Write softmax(q kᵀ·scale + bias) v into ``out`` (B,H,N,D); a row whose every score is -inf gives zeros."""
-    _launch_forward(query, key, value, bias, labels, table, scale, out, None)
+    """Write softmax(q kᵀ·scale + bias) v into ``out`` (B,H,N,D); a row whose every score is -inf gives zeros.
+
+    query (B,H,N,D), key and value (B,H,S,D) of one dtype, float32, bfloat16 or float16; all, ``out`` included, with any
+    strides but contiguous in D. Either a dense ``bias`` broadcastable to (B,H,N,S), or int32 ``labels`` (B|1,N) with a
+    ``table`` (B|1,regions,S). Raises ValueError for a head dimension above 256.
+    """
+    batch, heads, n_queries, _ = query.shape
+    config = configs.forward_config(*_problem(query, key), batch * heads * n_queries, _processors(query))
+    shape = _shape(config, query, query, key, value, out)
+    n_blocks = triton.cdiv(n_queries, config.block)
+    matrix, bias_strides = _bias_matrix(query, bias, labels, table)
+    with torch.cuda.device_of(query):
+        _fwd_kernel[(heads * n_blocks * batch,)](
+            query, key, value, out, *matrix, *_strides(query, key, value, out), *bias_strides,
+            heads, n_queries, key.shape[2], n_blocks, scale,
+            **shape, ONE_TILE=key.shape[2] <= shape["TILE"], **_options(config),
+        )  # fmt: skip
 
 
 def attention_backward(
@@ -458,23 +523,17 @@ def attention_backward(
     grad_table: Tensor | None,
 ) -> None:
     """Fill the gradients that are not None: grad_bias and grad_table float32, in the shapes of bias and table."""
-    lse, delta = None, None
-    if key.shape[2] > configs.MAX_KEYS:
-        out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-        lse = out.new_empty(query.shape[:3])
-        _launch_forward(query, key, value, bias, labels, table, scale, out, lse)
-        delta = out.mul_(grad_out).sum(-1)  # D = rowsum(P∘dP) = o·g
-    inputs = (grad_out, query, key, value)
+    inputs, matrix = (grad_out, query, key, value), _bias_matrix(query, bias, labels, table)
     if grad_query is not None or grad_key is not None or grad_value is not None:
-        _launch_backward(inputs, bias, labels, table, scale, lse, delta, grad_query, grad_key, grad_value)
-    if grad_table is not None and table is not None:
-        _launch_bias_backward(inputs, bias, labels, table, scale, lse, delta, grad_table.unsqueeze(1))
+        _launch_backward(inputs, matrix, scale, grad_query, grad_key, grad_value)
+    if grad_table is not None:
+        _launch_bias_backward(inputs, matrix, scale, grad_table.unsqueeze(1))
     if grad_bias is not None:
         grad = grad_bias[(None,) * (4 - grad_bias.ndim)]
         if grad.shape[3] == 1:  # the softmax does not see a shift of a whole row
             grad.zero_()
         else:
-            _launch_bias_backward(inputs, bias, labels, table, scale, lse, delta, grad)
+            _launch_bias_backward(inputs, matrix, scale, grad)
 
 
 def score_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -486,50 +545,22 @@ def score_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return (sum_q * sum_k).sum(), (gram_q * gram_k).sum()
 
 
-def _launch_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    table: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    batch, heads, n_queries, _ = query.shape
-    shape = _shape(query, key, query, key, value, out)
-    config = configs.forward_config(key.shape[2], query.shape[3], query.element_size(), _capability(query))
-    n_blocks = triton.cdiv(n_queries, config.block)
-    (bias_matrix, labels), bias_strides = _bias_matrix(query, bias, labels, table)
-    with torch.cuda.device_of(query):
-        _fwd_kernel[(heads * n_blocks * batch,)](
-            query, key, value, out, lse, bias_matrix, labels, *_strides(query, key, value, out), *bias_strides,
-            heads, n_queries, key.shape[2], n_blocks, scale,
-            **shape, BLOCK=config.block, ONE_TILE=key.shape[2] <= configs.MAX_KEYS, **_options(config),
-        )  # fmt: skip
-
-
 def _launch_backward(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    bias: Tensor | None,
-    labels: Tensor | None,
-    table: Tensor | None,
+    matrix: BiasMatrix,
     scale: float,
-    lse: Tensor | None,
-    delta: Tensor | None,
     grad_query: Tensor | None,
     grad_key: Tensor | None,
     grad_value: Tensor | None,
 ) -> None:
-    grad_out, query, key, value = inputs
+    _, query, key, _ = inputs
     (batch, heads, n_queries, dim), n_keys = query.shape, key.shape[2]
-    config = configs.backward_config(n_keys, dim, query.element_size(), _capability(query))
-    shape = _shape(query, key, *inputs, grad_query, grad_key, grad_value)
+    config = configs.backward_config(*_problem(query, key), matrix[0][0] is not None)
+    shape = _shape(config, query, *inputs, grad_query, grad_key, grad_value)
     n_tiles = triton.cdiv(n_keys, shape["TILE"])
     chunk = configs.split_queries(n_queries, config.block, batch * heads * n_tiles, _processors(query))
     n_chunks = triton.cdiv(n_queries, chunk)
-    (bias_matrix, labels), bias_strides = _bias_matrix(query, bias, labels, table)
+    stats = _row_stats(inputs, matrix, scale) if n_tiles > 1 else None
 
     dq, dk, dv = grad_query, None, None
     if dq is not None and n_tiles > 1:  # one partial sum a key tile
@@ -539,79 +570,98 @@ def _launch_backward(
         dk, dv = torch.empty(2, n_chunks, batch, heads, n_keys, dim, dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
         _bwd_kernel[(heads * n_chunks * n_tiles * batch,)](
-            *inputs, bias_matrix, labels, lse, delta, dq, dk, dv, *_strides(*inputs), *dq_strides, *bias_strides,
-            heads, n_queries, n_keys, n_chunks, n_tiles, chunk, scale,
-            **shape, BLOCK=config.block, **_options(config),
+            *inputs, *matrix[0], stats, dq, dk, dv, *_strides(*inputs), *dq_strides, *matrix[1],
+            batch * heads * n_queries, heads, n_queries, n_keys, n_chunks, n_tiles, chunk, scale,
+            **shape, RELOAD=config.reload, **_options(config),
         )  # fmt: skip
         if dk is not None and dv is not None:
             n_blocks = triton.cdiv(n_keys, configs.MIN_TILE)
             _sum_kernel[(n_blocks * heads * batch,)](
                 dk, dv, grad_key, grad_value, *_strides(grad_key, grad_value),
                 heads, n_keys, n_blocks, n_chunks, dk.stride(0),
-                DIM=dim, DIMS=shape["DIMS"], BLOCK=configs.MIN_TILE, ALIGN=shape["ALIGN"], num_warps=4,
+                DIM=dim, DIMS=config.dims, BLOCK=configs.MIN_TILE, ALIGN=shape["ALIGN"], num_warps=4,
                 enable_fp_fusion=True,
             )  # fmt: skip
-    if dq is not None and dq is not grad_query:
+    if grad_query is not None and dq is not None and n_tiles > 1:
         grad_query.copy_(dq.sum(0))
 
 
 def _launch_bias_backward(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    bias: Tensor | None,
-    labels: Tensor | None,
-    table: Tensor | None,
-    scale: float,
-    lse: Tensor | None,
-    delta: Tensor | None,
-    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], matrix: BiasMatrix, scale: float, grad: Tensor
 ) -> None:
     """``grad`` (B|1, H|1, N|1 or regions, S) float32: the gradient of a dense bias, or of a layout's table."""
-    query, key = inputs[1], inputs[2]
-    (batch, heads, n_queries, dim), n_keys = query.shape, key.shape[2]
-    config = configs.forward_config(n_keys, dim, query.element_size(), _capability(query))
-    shape = _shape(query, key, *inputs)
+    _, query, key, _ = inputs
+    (batch, heads, n_queries, _), n_keys = query.shape, key.shape[2]
+    config = configs.bias_config(*_problem(query, key))
+    shape = _shape(config, query, *inputs)
     n_blocks, n_tiles = triton.cdiv(n_queries, config.block), triton.cdiv(n_keys, shape["TILE"])
-    (bias_matrix, labels), bias_strides = _bias_matrix(query, bias, labels, table)
 
-    one_row = labels is None and grad.shape[2] == 1
-    bias_batch = batch if labels is not None else grad.shape[0]  # each batch row of a layout has its own labels
-    if labels is not None or one_row:
+    layout = matrix[0][1] is not None
+    one_row = not layout and grad.shape[2] == 1
+    bias_batch = batch if layout else grad.shape[0]  # each batch row of a layout has its own labels
+    if layout or one_row:
         parts = grad.new_empty(n_blocks, bias_batch, *grad.shape[1:])
     else:
         parts = grad.unsqueeze(0)
+    stats = _row_stats(inputs, matrix, scale)
     with torch.cuda.device_of(query):
         _bias_bwd_kernel[(n_blocks * n_tiles * bias_batch * grad.shape[1],)](
-            *inputs, bias_matrix, labels, lse, delta, parts, *_strides(*inputs), *bias_strides, *parts.stride()[:4],
-            heads, heads // grad.shape[1], batch // bias_batch, n_queries, n_keys, n_blocks, n_tiles, scale,
-            **shape, BLOCK=config.block, ONE_ROW=one_row, **_options(config),
+            *inputs, *matrix[0], stats, parts, *_strides(*inputs), *matrix[1], *parts.stride()[:4],
+            batch * heads * n_queries, heads, heads // grad.shape[1], batch // bias_batch,
+            n_queries, n_keys, n_blocks, n_tiles, scale,
+            **shape, ONE_ROW=one_row, **_options(config),
         )  # fmt: skip
-    if labels is not None or one_row:
+    if layout or one_row:
         grad.copy_(parts.sum(0).sum_to_size(grad.shape))
+
+
+def _row_stats(inputs: tuple[Tensor, Tensor, Tensor, Tensor], matrix: BiasMatrix, scale: float) -> Tensor:
+    """(3,B,H,N) float32: of each row the greatest score, 1/Σexp and D = rowsum(P∘dP)."""
+    _, query, key, _ = inputs
+    batch, heads, n_queries, _ = query.shape
+    config = configs.bias_config(*_problem(query, key))
+    stats = torch.empty(3, batch, heads, n_queries, dtype=torch.float32, device=query.device)
+    n_blocks = triton.cdiv(n_queries, config.block)
+    with torch.cuda.device_of(query):
+        _stats_kernel[(heads * n_blocks * batch,)](
+            *inputs, *matrix[0], stats, *_strides(*inputs), *matrix[1],
+            batch * heads * n_queries, heads, n_queries, key.shape[2], n_blocks, scale,
+            **_shape(config, query, *inputs), **_options(config),
+        )  # fmt: skip
+    return stats
 
 
 def _gram(x: Tensor) -> tuple[Tensor, Tensor]:
     """xᵀx (B,H,D,D) and Σx (B,H,D) over the rows of x (B,H,rows,D), float64."""
     batch, heads, n_rows, dim = x.shape
     config = configs.gram_config(dim, x.element_size())
-    chunk = configs.split_queries(n_rows, config.block, batch * heads, _processors(x))
+    n_slices = triton.cdiv(dim, configs.GRAM_SLICE)
+    chunk = configs.split_queries(n_rows, config.block, n_slices * batch * heads, _processors(x))
     n_chunks = triton.cdiv(n_rows, chunk)
     gram = torch.empty(batch, heads, n_chunks, dim, dim, dtype=torch.float32, device=x.device)
     total = torch.empty(batch, heads, n_chunks, dim, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _gram_kernel[(n_chunks * heads * batch,)](
+        _gram_kernel[(n_slices * n_chunks * heads * batch,)](
             x, gram, total, *_strides(x), heads, n_rows, n_chunks, chunk,
-            DIM=dim, DIMS=configs.split_dimension(dim), BLOCK=config.block, ALIGN=_alignment(x), **_options(config),
+            DIM=dim, DIMS=config.dims, SLICE=configs.GRAM_SLICE, N_SLICES=n_slices,
+            BLOCK=config.block, ALIGN=_alignment(x), **_options(config),
         )  # fmt: skip
     return gram.sum(2, dtype=torch.float64), total.sum(2, dtype=torch.float64)
 
 
-def _shape(query: Tensor, key: Tensor, *tensors: Tensor | None) -> dict[str, object]:
+def _problem(query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    """What a configuration depends on: keys, head dimension, bytes an element."""
+    return key.shape[2], query.shape[3], query.element_size()
+
+
+def _shape(config: configs.Config, query: Tensor, *tensors: Tensor | None) -> dict[str, Any]:
     """The compile-time shape of a kernel; ``tensors`` are those whose head rows it reads or writes."""
-    dim, keys = query.shape[3], configs.split_keys(key.shape[2])
+    dim = query.shape[3]
     if dim > configs.MAX_DIM:
         raise ValueError(f"query has head dimension {dim}; the triton backend takes up to {configs.MAX_DIM}")
     return {
-        "DIM": dim, "DIMS": configs.split_dimension(dim), "KEYS": keys, "TILE": sum(keys), "ALIGN": _alignment(*tensors)
+        "DIM": dim, "DIMS": config.dims, "KEYS": config.keys, "TILE": sum(config.keys),
+        "BLOCK": config.block, "ALIGN": _alignment(*tensors),
     }  # fmt: skip
 
 
@@ -629,9 +679,7 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return [s for x in tensors for s in ((0, 0, 0) if x is None else x.stride()[:3])]
 
 
-def _bias_matrix(
-    query: Tensor, bias: Tensor | None, labels: Tensor | None, table: Tensor | None
-) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, ...]]:
+def _bias_matrix(query: Tensor, bias: Tensor | None, labels: Tensor | None, table: Tensor | None) -> BiasMatrix:
     """(matrix, labels), and (matrix' strides in b, h, row and key; its number of rows; labels' stride in b).
 
     A layout's matrix is its table, read at the row of the query's label.
@@ -650,14 +698,6 @@ def _bias_matrix(
 
 def _options(config: configs.Config) -> dict[str, object]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-
-
-def _capability(x: Tensor) -> int:
-    """80 on an A100, 90 on an H100; 80 under the interpreter."""
-    if not x.is_cuda:
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
 
 
 def _processors(x: Tensor) -> int:

@@ -1,0 +1,26 @@
+"""Runs triton_kernels.py in a fresh process: TRITON_INTERPRET must be set before triton is first imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("numpy") is None, reason="triton's interpreter needs numpy")
+def test_kernels_against_the_formula():
+    """On the GPU where there is one, else under the interpreter on the CPU."""
+    command = [sys.executable, "-m", "pytest", "triton_kernels.py", "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "CK_BACKEND"))}
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 80 and "skipped" not in done.stdout, done.stdout[-1000:]
