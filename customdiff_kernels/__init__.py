@@ -1,7 +1,6 @@
 """customdiff_kernels: the operations that Custom Diffusion and Cones 2 are made of.
 
-    context (B,S,E) ── kv_project ──► every layer's K, V ── kv_cross_attention(hidden, K, V, layout) ──►
-    hidden
+    context (B,S,E) ── kv_project ──► every layer's K, V ── kv_cross_attention(hidden, K, V) ──► hidden
 
 A concept is another K/V for the same frozen UNet. ``kv_project`` computes all layers' keys and values once a
 prompt, ``cross_attention`` and ``kv_cross_attention`` use them, ``compress``, ``reconstruct`` and

@@ -1,8 +1,6 @@
-"""Registration of ``torch.ops.customdiff.*``: schema, implementation, fake, autograd and autocast in one
-call.
+"""Registration of ``torch.ops.customdiff.*``: schema, implementation, fake, autograd, autocast in one call.
 
-``Library.define`` costs a few microseconds less a call than ``torch.library.custom_op`` and leaves strides
-alone.
+``Library.define`` costs less a call than ``torch.library.custom_op`` and leaves strides alone.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ class LayoutBias:
 
     Args:
         labels: (B or 1, N) integers in 0 … regions−1, one a pixel, rows first; kept as int32.
-        table: (B or 1, regions, S) floating: what each text token's score receives in each region. May need a
-        gradient. scale: number or 0-dim tensor, Cones 2's η(t), e.g. ``weight * math.log1p(sigma**2) *
+        table: (B or 1, regions, S) floating: what each text token's score receives in each region. May need
+            a gradient.
+        scale: number or 0-dim tensor, Cones 2's η(t), e.g. ``weight * math.log1p(sigma**2) *
             ck.score_std(q, k)``. The bias is added after the attention's own scale; the published code adds
             it before D^(−1/2), so multiply by that here to reproduce it. May need a gradient.
 
@@ -140,8 +141,7 @@ class LayoutBias:
         outside: float | None = None,
         scale: float | Tensor = 1.0,
     ) -> LayoutBias:
-        """A layout from one mask a subject: ``{subject: (height, width)}``, bool or 0 … 1, each of any
-        resolution.
+        """A layout from one mask a subject: ``{subject: (height, width)}``, bool or 0 … 1, of any resolution.
 
         A mask is brought to ``size`` by area: a pixel belongs to a subject whose mask covers at least half of
         it. So the same masks serve every attention level. All else as :meth:`from_boxes`.
@@ -152,7 +152,7 @@ class LayoutBias:
             _checks.is_tensor(f"masks[{name!r}]", mask)
             _checks.rank(f"masks[{name!r}]", mask, "height,width")
             area = mask.detach().to("cpu", torch.float64)
-            if not area.numel() or area.min() < 0 or area.max() > 1 or not area.any():
+            if not area.numel() or not (area.min() >= 0 and 0 < area.max() <= 1):
                 raise ValueError(
                     f"masks[{name!r}] must be bool or 0 … 1, not empty; got {tuple(mask.shape)} {mask.dtype}"
                     + (f", values {area.min():g} … {area.max():g}" if area.numel() else "")
@@ -165,8 +165,7 @@ class LayoutBias:
 
     @classmethod
     def stack(cls, layouts: Sequence[LayoutBias | None]) -> LayoutBias:
-        """One layout for a batch from one layout a row, or None for a row without (e.g. the unconditional
-        half).
+        """One layout for a batch from one a row, or None for a row without (e.g. the unconditional half).
 
         All must agree in N and S and be on one device; scales are folded into the tables.
         """

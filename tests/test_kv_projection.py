@@ -98,6 +98,7 @@ def test_projection_keeps_master_weights_under_autocast():
         ({"weight": torch.zeros(8)}, ValueError, r"weight must have shape \(R,E\)"),
         ({"weight": torch.zeros(8, 7)}, ValueError, r"weight must have shape \(8, 6\)"),
         ({"weight": torch.zeros(8, 6, device="meta")}, ValueError, "weight is on meta and context on cpu"),
+        ({"context": torch.zeros(2, 5, 6, dtype=torch.int64)}, TypeError, "context must be .* got int64"),
         ({"weight": torch.zeros(8, 6, dtype=torch.int32)}, TypeError, "weight must be .* got int32"),
         ({"frozen_tokens": 6}, ValueError, r"frozen_tokens must lie in 0 … 5 \(S\), got 6"),
         ({"frozen_tokens": -1}, ValueError, "frozen_tokens must lie in"),

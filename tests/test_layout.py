@@ -237,6 +237,7 @@ def test_bad_boxes_are_named(change, message):
     [
         (torch.zeros(4, 4), ValueError, r"masks\['dog'\] must be .* not empty"),
         (torch.full((4, 4), 255.0), ValueError, r"masks\['dog'\] .*values 255 … 255"),
+        (torch.full((4, 4), float("nan")), ValueError, r"masks\['dog'\] must be"),
         (torch.ones(4), ValueError, r"masks\['dog'\] must have shape \(height,width\)"),
         (torch.ones(0, 4), ValueError, r"masks\['dog'\] must be"),
         ([[1]], TypeError, r"masks\['dog'\] must be a torch.Tensor, got list"),

@@ -37,7 +37,7 @@ def cross_attention(
         TypeError: a dtype that is not supported or differs from query's.
         ValueError: a shape, device or stride that does not fit; the message names the argument.
         RuntimeError: no backend can run (see :func:`customdiff_kernels.explain`); the message says what would
-        help.
+            help.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _checks.is_tensor(name, tensor)

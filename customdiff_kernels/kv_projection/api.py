@@ -29,8 +29,9 @@ def kv_project(context: Tensor, weight: Tensor, frozen_tokens: int = 0) -> Tenso
     Raises:
         TypeError: an argument that is no floating tensor. ValueError: a shape or device that does not fit.
     """
-    _checks.is_tensor("context", context)
-    _checks.is_tensor("weight", weight)
+    for name, tensor in (("context", context), ("weight", weight)):
+        _checks.is_tensor(name, tensor)
+        _checks.floating(name, tensor)
     context = context.to(torch.promote_types(context.dtype, weight.dtype))
     return torch.ops.customdiff.kv_project.default(context, weight, frozen_tokens)
 
@@ -54,7 +55,8 @@ def kv_cross_attention(
         key, value: (B, S, inner), dtype of ``hidden``: views of the stacked projection, read where they lie
             (any strides; on a GPU contiguous in the last dimension).
         w_q: (inner, C), w_out: (C, inner), b_out: (C,): frozen; any floating dtype, cast to hidden's inside
-        the call. heads: number of heads, a divisor of ``inner``.
+            the call.
+        heads: number of heads, a divisor of ``inner``.
         bias, scale: as :func:`cross_attention`.
 
     Returns:
