@@ -130,7 +130,7 @@ def test_version_is_the_distribution_s():
     ("what", "allowed"),
     [
         (("customdiff_kernels._C",), {"_native.py"}),
-        (("triton",), {"cross_attention/triton.py"}),
+        (("triton",), {"cross_attention/triton.py", "cross_attention/triton_kernels.py"}),
         (("customdiff_kernels.cross_attention.triton",), {"_backends.py"}),
         (("customdiff_kernels._native",), {"_backends.py"}),
         (("diffusers",), {"diffusers.py"}),
@@ -144,10 +144,14 @@ def test_who_imports_what(what, allowed):
 
 def test_backends_import_neither_one_another_nor_the_reference():
     names = ("customdiff_kernels._native", "customdiff_kernels.cross_attention")
-    backends = [PACKAGE / "_native.py", PACKAGE / "cross_attention" / "triton.py"]
-    backends += sorted(PACKAGE.rglob("reference.py"))
+    own = {"configs", "triton_kernels"}  # parts of the Triton backend
+    backends = [
+        PACKAGE / "_native.py",
+        *sorted(PACKAGE.rglob("triton*.py")),
+        *sorted(PACKAGE.rglob("reference.py")),
+    ]
     for path in backends:
-        bad = {n for n in imports(path) if n.startswith(names) and n.split(".")[-1] != "configs"}
+        bad = {n for n in imports(path) if n.startswith(names) and not own & set(n.split("."))}
         if path.name == "reference.py":  # a specification may be built on another specification
             bad = {n for n in bad if ".reference." not in n}
         assert not bad, f"{path.relative_to(ROOT)} imports {sorted(bad)}"
