@@ -1,7 +1,7 @@
 """The CPU backend: hands torch tensors to the compiled module ``_C`` as addresses, sizes and strides.
 
-Nothing else imports ``_C``. The functions leave the friendly errors to their callers; shapes or dtypes that would
-make a kernel touch foreign memory are refused by ``_C``.
+Nothing else imports ``_C``. The functions leave the friendly errors to their callers; shapes or dtypes that
+would make a kernel touch foreign memory are refused by ``_C``.
 """
 
 from __future__ import annotations
