@@ -8,6 +8,7 @@ float32 GEMM rate measured in this run (bfloat16 has hardware of its own and may
     pytest benchmarks/bench_cross_attention.py --benchmark [-k "sd1 and float32"]
 """
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -60,22 +61,22 @@ def call(function: Callable, args: list, bias, backward: bool) -> Callable[[], o
 
 
 def better(peers: dict[str, Callable], smoke: bool) -> str:
-    """The label of the fastest, by the best of five calls."""
+    """The label of the fastest, by the median of seven calls."""
     if smoke:
         return next(iter(peers))
 
-    def best(function):
+    def median(function):
         function()
         times = []
-        for _ in range(5):
+        for _ in range(7):
             start = time.perf_counter()
             function()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return min(times)
+        return statistics.median(times)
 
-    return min(peers, key=lambda label: best(peers[label]))
+    return min(peers, key=lambda label: median(peers[label]))
 
 
 def flops(query: torch.Tensor, backward: bool) -> float:
