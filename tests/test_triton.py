@@ -18,7 +18,17 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(importlib.util.find_spec("numpy") is None, reason="triton's interpreter needs numpy")
 def test_kernels_against_the_formula():
     """On the GPU where there is one, else under the interpreter on the CPU."""
-    command = [sys.executable, "-m", "pytest", "triton_kernels.py", "-q", "-x", "--tb=short", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "triton_kernels.py",
+        "-q",
+        "-x",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+    ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "CK_BACKEND"))}
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

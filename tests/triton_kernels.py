@@ -1,7 +1,7 @@
 """The Triton kernels against a float64 formula; run by test_triton.py in a process of its own.
 
-With a GPU they run on it, otherwise on the CPU under Triton's interpreter. The interpreter multiplies in full float32,
-so it proves the algorithm, the masks and the addresses, and says nothing of "tf32x3" rounding.
+With a GPU they run on it, otherwise on the CPU under Triton's interpreter. The interpreter multiplies in full
+float32, so it proves the algorithm, the masks and the addresses, and says nothing of "tf32x3" rounding.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def compare(no_worse, query, key, value, bias=None, labels=None, table=None, sca
     inputs = (query, key, value, bias, table)
     double = [None if x is None else x.double() for x in inputs]
     exact = gradients(double, grad_out.double(), labels, scale)
-    # a float32 bias makes the formula's scores float32, as in the kernels
-    eager = gradients(inputs if bias is None and table is None else [None if x is None else x.float() for x in inputs],
-                      grad_out if bias is None and table is None else grad_out.float(), labels, scale)  # fmt: skip
+    if bias is not None or table is not None:  # one dtype for the formula; more exact than eager in 16 bits
+        inputs = [None if x is None else x.float() for x in inputs]
+    eager = gradients(inputs, grad_out.to(inputs[0].dtype), labels, scale)
     ours = run(query, key, value, bias, labels, table, scale, grad_out)
     for name, got, plain, right in zip(NAMES, ours, eager, exact, strict=True):
         if got is not None:
@@ -111,13 +111,17 @@ def test_shapes_in_float32(no_worse, n_keys, dim):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n_keys, dim", [(77, 40), (77, 64), (77, 80), (77, 160), (7, 24), (64, 80), (128, 128), (154, 56)])
+@pytest.mark.parametrize(
+    "n_keys, dim", [(77, 40), (77, 64), (77, 80), (77, 160), (7, 24), (64, 80), (128, 128), (154, 56)]
+)
 def test_shapes_in_16_bits(no_worse, dtype, n_keys, dim):
     compare(no_worse, *(heads(n, dim, dtype) for n in (70, n_keys, n_keys)))
 
 
 @pytest.mark.parametrize("n_keys", [20, 77])
-@pytest.mark.parametrize("shape", ["BHNS", "B1NS", "1HNS", "11NS", "BH1S", "B11S", "111S", "BHN1", "1111", "NS", "S"])
+@pytest.mark.parametrize(
+    "shape", ["BHNS", "B1NS", "1HNS", "11NS", "BH1S", "B11S", "111S", "BHN1", "1111", "NS", "S"]
+)
 def test_dense_bias(no_worse, shape, n_keys):
     """A bias of each broadcast shape, and its gradient summed to that shape."""
     sizes = {"B": 2, "H": 2, "N": 20, "S": n_keys, "1": 1}
@@ -126,7 +130,9 @@ def test_dense_bias(no_worse, shape, n_keys):
     compare(no_worse, q, k, v, bias=bias)
 
 
-@pytest.mark.parametrize("batch_labels, batch_table, n_keys", [(1, 1, 77), (1, 2, 20), (2, 1, 154), (2, 2, 77)])
+@pytest.mark.parametrize(
+    "batch_labels, batch_table, n_keys", [(1, 1, 77), (1, 2, 20), (2, 1, 154), (2, 2, 77)]
+)
 def test_layout_bias(no_worse, batch_labels, batch_table, n_keys):
     """Labels and table gathered in the kernel; more regions than one tile of 16 in the table's gradient."""
     labels = torch.randint(0, 19, (batch_labels, 40), dtype=torch.int32, device=DEVICE)
@@ -146,7 +152,7 @@ def test_16_bit_bias_and_table(no_worse):
 @pytest.mark.parametrize("n_keys, dtype", [(77, torch.float16), (154, torch.float16), (77, torch.float32)])
 @pytest.mark.parametrize("low", [-INF, -1e8, torch.finfo(torch.float32).min])
 def test_masked_rows(no_worse, low, n_keys, dtype):
-    """Some keys masked, all but one, and every key: -inf gives zeros there, a finite value what softmax gives."""
+    """Some keys masked, all but one, every key: -inf gives zeros there, a finite value what softmax gives."""
     bias = torch.zeros(1, 1, 33, n_keys, device=DEVICE)
     bias[..., 3, : n_keys - 2] = low  # the first tile wholly
     bias[..., 5, 1:] = low
@@ -235,7 +241,16 @@ def test_head_dimension_limit():
 
 def test_tiles_cover_exactly():
     """77 keys cost 80 columns, head dimension 40 costs 48; no cover by two powers of two is cheaper."""
-    tiles = {1: (16,), 24: (32,), 40: (32, 16), 64: (64,), 77: (64, 16), 80: (64, 16), 128: (128,), 160: (128, 32)}
+    tiles = {
+        1: (16,),
+        24: (32,),
+        40: (32, 16),
+        64: (64,),
+        77: (64, 16),
+        80: (64, 16),
+        128: (128,),
+        160: (128, 32),
+    }
     assert {n: configs.split_dimension(n) for n in tiles} == tiles
     powers = [0, 16, 32, 64, 128, 256]
     for n in range(1, 257):
