@@ -47,8 +47,8 @@ def test_reconstruct(compare, smoke, model, case):
         f"{model}, {case}",
         {
             "addmm loop": addmm,
-            "reconstruct": lambda: ck.reconstruct(base, deltas),
-            "reconstruct(out=)": lambda: ck.reconstruct(base, deltas, out=out),
+            "ours": lambda: ck.reconstruct(base, deltas),
+            "ours, out=": lambda: ck.reconstruct(base, deltas, out=out),
             "copy, new": lambda: base.weight.clone(),
             "copy": lambda: out.weight.copy_(base.weight),
         },

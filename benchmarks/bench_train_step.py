@@ -63,7 +63,7 @@ def test_attention_block(compare, smoke, dtype):
     ck.patch_unet(ours)
     compare(
         f"block {batch}x{tokens}x{width} {str(dtype).removeprefix('torch.')}",
-        {**cases, "patch_unet": case(ours)},
+        {**cases, "ours, patch_unet": case(ours)},
         baseline="diffusers 2_0",
     )
 
@@ -96,7 +96,7 @@ def test_train_step(compare, smoke, dtype):
     cases = {label: case(with_processors(unet, cls)) for label, cls in PEERS.items()}
     taken_over = with_processors(unet, CustomDiffusionAttnProcessor2_0)
     ck.patch_unet(taken_over)
-    cases["patch_unet"] = case(taken_over)
+    cases["ours, patch_unet"] = case(taken_over)
 
     ck.patch_unet(unet)
     stack = ck.KVStack.from_unet(unet)
@@ -105,6 +105,6 @@ def test_train_step(compare, smoke, dtype):
     def kv():
         return {"kv": stack.views(ck.kv_project(context, weight, frozen_tokens=1))}
 
-    cases["patch_unet, stacked K/V"] = lambda: step(unet, [context, weight], kv)
+    cases["ours, stacked K/V"] = lambda: step(unet, [context, weight], kv)
     shape = f"{side}x{side} widths {'-'.join(map(str, widths))}"
     compare(f"UNet {shape} {str(dtype).removeprefix('torch.')}", cases, baseline="diffusers 2_0")

@@ -33,7 +33,7 @@ def smoke(request) -> bool:
 
 @pytest.fixture
 def compare(request):
-    """``compare(case, {label: callable}, baseline=label, flops=, bytes=, cold=)`` -> {label: median seconds}."""
+    """``compare(case, {label: call}, baseline=label, flops=, bytes=, cold=)`` -> {label: median seconds}."""
     op = request.module.__name__.removeprefix("bench_")
     return partial(request.config.harness.compare, op)
 

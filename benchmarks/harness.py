@@ -1,7 +1,7 @@
-"""Compare callables in one process: interleaved rounds, medians, and the distance to this machine's own limits.
+"""Compare callables in one process: interleaved rounds, medians, the distance to this machine's own limits.
 
-Shared machines are noisy, so no figure stands alone. Every round times every callable once, in a new random order,
-and what is reported is the median time and the median of the per-round ratios to the baseline.
+Shared machines are noisy, so no figure stands alone. Every round times every callable once, in a new random
+order, and what is reported is the median time and the median of the per-round ratios to the baseline.
 """
 
 import datetime
@@ -34,7 +34,9 @@ class Row:
     baseline: str
     gflops: float | None = None
     gbytes: float | None = None
-    limit_share: float | None = None  # of the measured GEMM rate (flops given) or copy bandwidth (bytes given)
+    limit_share: float | None = (
+        None  # of the measured GEMM rate (flops given) or copy bandwidth (bytes given)
+    )
 
 
 def synchronize() -> None:
@@ -118,8 +120,10 @@ class Harness:
         self._flush.add_(1)
 
     def limit(self, kind: str) -> float:
-        """This machine's own limit, measured once in this run: ``gemm`` in GFLOP/s (fp32 matrix product at 2048),
-        ``copy`` in GB/s (read + write of 256 MB)."""
+        """This machine's own limit, measured once in this run.
+
+        ``gemm``: GFLOP/s of an fp32 matrix product at 2048; ``copy``: GB/s read and written, 256 MB.
+        """
         if kind not in self._limits:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             if kind == "gemm":
@@ -157,7 +161,9 @@ def machine_name() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
         if names:
             model = f"{names[0]}, {len(names)} cores"
     return model
@@ -165,7 +171,9 @@ def machine_name() -> str:
 
 def _git_commit() -> str:
     where = Path(__file__).parent
-    head = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True)
+    head = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True
+    )
     return head.stdout.strip() or "unknown"
 
 
@@ -186,7 +194,9 @@ def table(rows: list[Row]) -> str:
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def plot(rows: list[Row], path: Path) -> None:
