@@ -58,8 +58,8 @@ class Schedule:
     def progress(self) -> float:
         return (time.time() - self.start) / max(self.seconds, 1)
 
-    def __call__(self, step: int) -> float:
-        p = min(self.progress, 1.0)
+    def __call__(self, step: int, progress: float | None = None) -> float:
+        p = min(self.progress if progress is None else progress, 1.0)
         fall = (
             1.0 if p < 1 - self.decay else 0.5 + 0.5 * math.cos(math.pi * (p - 1 + self.decay) / self.decay)
         )

@@ -23,6 +23,7 @@ from . import world
 WEIGHTS = Path(__file__).resolve().parent / "detector.safetensors"
 MIN_PIXELS = 30
 COLOUR_DISTANCE = 22.0
+COLOUR_SHARE = 0.12
 
 
 class Net(nn.Module):
@@ -56,7 +57,7 @@ class Found:
     category: str
     box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, x1 and y1 outside
     mask: np.ndarray  # (64, 64) bool
-    colour: str | None  # the palette colour that covers most of it, if one covers a quarter
+    colour: str | None  # the palette colour that covers most of it, if one covers COLOUR_SHARE
 
 
 def _pixels(images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
@@ -80,6 +81,22 @@ def components(mask: np.ndarray) -> list[np.ndarray]:
         if (spread == label).all():
             return [label == k for k in np.unique(label) if k]
         label = spread
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    ys, xs = np.nonzero(mask)
+    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+
+
+def _separate(mask: np.ndarray) -> list[np.ndarray]:
+    """One part, or its left and right halves where it is more than twice as wide as high."""
+    x0, y0, x1, y1 = _box(mask)
+    if x1 - x0 <= 2 * (y1 - y0) or mask.sum() < 2 * MIN_PIXELS:
+        return [mask]
+    third = (x1 - x0) // 3
+    cut = x0 + third + int(mask[:, x0 + third : x1 - third].sum(0).argmin())
+    left = mask & (np.arange(mask.shape[1]) < cut)
+    return [left, mask & ~left]
 
 
 def near(pixels: np.ndarray, colours: Sequence[world.RGB]) -> np.ndarray:
@@ -115,29 +132,27 @@ class Detector:
     def detect(self, images: Sequence) -> list[list[Found]]:
         """The subjects of each picture, from left to right.
 
-        A connected part of subject pixels counts from MIN_PIXELS on, whatever categories its pixels got; it
-        is the category of most of them if one has 60%.
+        A connected part of one category's pixels is a subject if it has MIN_PIXELS and a fifth of the largest
+        part's; what is more than twice as wide as high is two that touch, and is cut where it is thinnest.
         """
         pixels, maps, _ = self._run(images)
         result = []
         for picture, labels in zip(pixels, maps, strict=True):
+            parts = [
+                (name, part)
+                for k, name in enumerate(world.CATEGORIES)
+                for whole in components(labels == k + 1)
+                for part in _separate(whole)
+            ]
+            largest = max((part.sum() for _, part in parts), default=0)
             found = []
-            for part in components(labels > 0):
-                counts = np.bincount(labels[part], minlength=1 + len(world.CATEGORIES))
-                if part.sum() < MIN_PIXELS or counts.max() < 0.6 * part.sum():
+            for name, part in parts:
+                if part.sum() < max(MIN_PIXELS, largest / 5):
                     continue
-                ys, xs = np.nonzero(part)
                 inside = near(picture[part], list(world.PALETTE.values())).mean(0)
-                colour = list(world.PALETTE)[inside.argmax()] if inside.max() > 0.25 else None
-                found.append(
-                    Found(
-                        world.CATEGORIES[counts.argmax() - 1],
-                        (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1),
-                        part,
-                        colour,
-                    )
-                )
-            result.append(sorted(found, key=lambda f: f.box[0]))
+                colour = list(world.PALETTE)[inside.argmax()] if inside.max() > COLOUR_SHARE else None
+                found.append(Found(name, _box(part), part, colour))
+            result.append(sorted(found, key=lambda f: f.box[0] + f.box[2]))
         return result
 
     def match(self, images: Sequence, concept: world.Concept | world.Subject) -> np.ndarray:

@@ -11,7 +11,7 @@ from PIL import Image
 
 import tinysd
 
-from . import clip, common, data, detector, detector_training, unet, vae, world
+from . import clip, common, data, detector, detector_training, tokenizer, unet, vae, world
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = 120
@@ -28,6 +28,12 @@ def _open_as_float32(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _write_tokenizer(folder: Path) -> None:
+    """The files that every version of transformers reads, not the one that recent ones write."""
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    tokenizer.write(folder)
+
+
 def export() -> None:
     """Write pipeline/, clip/ and the detector's weights from the last checkpoints."""
     target = Path(tinysd.path())
@@ -40,11 +46,13 @@ def export() -> None:
             module.register_to_config(_name_or_path="")
     pipe.save_pretrained(fresh)
     _open_as_float32(fresh / "text_encoder")
+    _write_tokenizer(fresh / "tokenizer")
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
     if common.load("clip.pt") is not None:
         clip.export(tinysd.clip_path())
         _open_as_float32(Path(tinysd.clip_path()))
+        _write_tokenizer(Path(tinysd.clip_path()))
     if common.load("detector.pt") is not None:
         detector_training.export()
     if common.LOG.exists():
