@@ -16,7 +16,7 @@ from customdiff_kernels.cross_attention.reference import cross_attention_referen
 pytestmark = pytest.mark.usefixtures("poison")
 OPS = torch.ops.customdiff
 
-# (B, H, N, S, D): the levels of DESIGN's three models with fewer image tokens; longer contexts; odd sizes
+# (B, H, N, S, D): the levels of SD 1.x, SD 2.1 and SDXL with fewer image tokens; longer contexts; odd sizes
 SHAPES = [
     (2, 8, 128, 77, 40),
     (1, 8, 96, 77, 80),

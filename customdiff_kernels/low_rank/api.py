@@ -30,7 +30,7 @@ def reconstruct(
     *,
     out: KVStack | None = None,
 ) -> Base:
-    """W = W0 + sum over n of scale_n U_n V_n, every segment of every delta in one call (DESIGN 3.4).
+    """W = W0 + sum over n of scale_n U_n V_n, every segment of every delta in one call.
 
     base: ``KVStack`` (the fast path) or {name: (rows,E)}, which is stacked first; the result is of the same
         type.
