@@ -108,9 +108,11 @@ class KVStack(Mapping[str, Tensor]):
         if kv.shape[-1] != rows:
             raise ValueError(f"kv must have R={rows} as its last dimension, got shape {tuple(kv.shape)}")
         pairs: dict[str, dict[str, Tensor]] = {}
-        for name, start, stop in self.segments:
-            module, _, part = name.removesuffix(".weight").rpartition(".")
-            pairs.setdefault(module, {})[part] = kv[..., start:stop]
+        # one split: slices would each add a gradient of kv's whole size in the backward pass
+        columns = kv.split([stop - start for _, start, stop in self.segments], -1)
+        for segment, part_kv in zip(self.segments, columns, strict=True):
+            module, _, part = segment.name.removesuffix(".weight").rpartition(".")
+            pairs.setdefault(module, {})[part] = part_kv
         incomplete = [module for module, pair in pairs.items() if pair.keys() != {"to_k", "to_v"}]
         if incomplete:
             raise ValueError(
@@ -143,8 +145,9 @@ class KVStack(Mapping[str, Tensor]):
         has fewer bits: its hash differs). Independent of device, row order and layout in memory.
         """
         digest = hashlib.sha256()
-        for name in sorted(self):
-            values = self[name].detach().to("cpu", torch.float16).contiguous()
+        weight = self.weight.detach().to("cpu", torch.float16).contiguous()  # one transfer for all segments
+        for name, start, stop in sorted(self.segments):
+            values = weight[start:stop]
             digest.update(f"{name}{tuple(values.shape)}".encode())
             if values.numel():
                 digest.update((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
