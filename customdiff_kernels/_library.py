@@ -26,19 +26,22 @@ def register(
 
     ``setup_context``, ``backward``: as in ``torch.library.register_autograd``. ``cast``: positions of the
     arguments that a surrounding ``torch.autocast`` casts to its own dtype. Whatever they are, the
-    implementation runs with autocast off, so that its dtypes are those of its arguments.
+    implementation and ``backward`` run with autocast off, so that their dtypes are those of their arguments.
+    An operator that writes to an argument, ``Tensor(a!)``, has no autograd: its callers refuse tensors that
+    require a gradient.
     """
     name = schema.split("(", 1)[0]
-    backward = backward or _refuse(name)
+    backward = _without_autocast(backward or _refuse(name))
     LIBRARY.define(schema)
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"customdiff::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.customdiff, name).default
-    if "Tensor[]" in schema:  # lists of tensors need torch's own wrapper around autograd.Function
+    writes = "(a!)" in schema
+    if "Tensor[]" in schema and not writes:  # lists of tensors need torch's wrapper of autograd.Function
         torch.library.register_autograd(
             f"customdiff::{name}", backward, setup_context=setup_context, lib=LIBRARY
         )
-    else:
+    elif not writes:
         LIBRARY.impl(name, _autograd(op, setup_context, backward), "Autograd")
     for device in ("cpu", "cuda"):
         LIBRARY.impl(name, _autocast(op, device, frozenset(cast)), f"Autocast{device.upper()}")
@@ -73,6 +76,17 @@ def _autograd(
             return op(*args)
 
     return kernel
+
+
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    def plain(ctx: Any, *grads: torch.Tensor) -> Any:
+        device = grads[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    return plain
 
 
 def _refuse(name: str) -> Callable[..., Any]:

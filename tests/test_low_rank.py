@@ -116,6 +116,34 @@ def test_dense_deltas_and_many_of_both_kinds():
     torch.testing.assert_close(reconstruct(stack, difference).weight, found.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dense_deltas_are_rounded_once(dtype):
+    stack, dense = base(dtype), [dict(base() - base()) for _ in range(3)]
+    low_rank = low({"a": 2})
+    wanted = reconstruct(stack.to(torch.float32), [*dense, low_rank]).weight.to(dtype)
+    out = KVStack(torch.full_like(stack.weight, float("nan")), stack.segments)
+    assert torch.equal(reconstruct(stack, [*dense, low_rank]).weight, wanted)
+    assert torch.equal(reconstruct(stack, [*dense, low_rank], out=out).weight, wanted)
+    with pytest.raises(TypeError, match="out must be .*, got float32"):
+        reconstruct(stack, dense, out=out.to(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_changes_nothing_in_place_or_backward(dtype):
+    stack, delta = base(dtype), low(dict.fromkeys(ROWS, 3))
+    scale = torch.ones((), requires_grad=True)
+
+    def results():
+        out = reconstruct(stack, delta, out=stack.clone())
+        loss = reconstruct(stack, delta * scale).weight.float().square().sum()
+        return out.weight, torch.autograd.grad(loss, scale)[0]
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = results()
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+
+
 def test_no_delta_is_a_copy():
     stack = base()
     found = reconstruct(stack, [])
@@ -363,6 +391,8 @@ DELTA = {"a": torch.ones(32, E)}
         ),
         (lambda: low({"a": 2}).rank("z"), ValueError, "no segment named 'z'"),
         (lambda: LowRankDelta([("a", 0, 2)], {}), ValueError, "at least one segment's"),
+        (lambda: LowRankDelta([("a", 0, 2)], {"a": (DELTA["a"], 1)}), TypeError, r"'a'\] v must be a torch"),
+        (lambda: LowRankDelta([("a", 0, 2)], {"a": (DELTA["a"], DELTA["a"][0])}), ValueError, r"\(r,E\)"),
         (
             lambda: LowRankDelta([("a", 0, 2)], {"b": (torch.ones(2, 1), torch.ones(1, 3))}),
             ValueError,

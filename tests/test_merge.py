@@ -194,6 +194,9 @@ def test_base_type_order_and_out():
         solver.apply(stack, concepts, out=KVStack(stack.weight, [("all", 0, len(stack.weight))]))
     with pytest.raises(ValueError, match="out= is not differentiable"):
         solver.apply(KVStack(stack.weight.clone().requires_grad_(), stack.segments), concepts, out=out)
+    trained = low[0][0] * torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="out= is not differentiable"):
+        solver.apply(stack, [(trained, low[0][1])], out=out)
 
 
 def test_equal_rows_count_once():
@@ -401,21 +404,29 @@ def test_two_runs_give_the_same_bits():
     assert torch.equal(first, second)
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_changes_nothing(dtype):
     stack, reg = base(), torch.randn(60, E)
     first, second = tuned(stack), compress(tuned(stack) - stack, rank=2)
     concepts = [(first, torch.randn(3, E)), (second, torch.randn(4, E))]
+    stack = stack.to(dtype)
+    target = concepts[0][1].clone().requires_grad_()
 
     def results():
         solver = MergeSolver(reg)
         merged = solver.apply(stack, concepts)
+        in_place = solver.apply(stack, concepts[:1], out=stack.clone())
         delta = solver.merge(stack, concepts)
-        return merged.weight, reconstruct(stack, delta).weight, solver.report(stack, concepts, delta).drift
+        loss = solver.apply(stack, [(first, target)]).weight.float().square().sum()
+        gradient = torch.autograd.grad(loss, target)[0]  # inside the block, as training scripts do
+        rebuilt = reconstruct(stack, delta).weight
+        drift = torch.tensor(solver.report(stack, concepts, delta).drift)
+        return merged.weight, in_place.weight, rebuilt, gradient, drift
 
     plain = results()
     with torch.autocast("cpu", torch.bfloat16):
         mixed = results()
-    assert torch.equal(plain[0], mixed[0]) and torch.equal(plain[1], mixed[1]) and plain[2] == mixed[2]
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
 
 
 @given(rows=st.integers(1, 12), extra=st.integers(0, 6), seed=st.integers(0, 2**16))

@@ -57,7 +57,7 @@ def reconstruct(
                 if u.shape[1]:
                     pairs.setdefault(name, []).append((u if scale is None else u.to(sums) * scale, v))
         else:
-            weight = _add_dense(f"deltas[{index}]", weight, stack, delta, 1.0 if scale is None else scale)
+            weight = _add_dense(f"deltas[{index}]", weight.to(sums), stack, delta, scale)
     us: list[Tensor] = []
     vs: list[Tensor] = []
     starts: list[int] = []
@@ -68,7 +68,8 @@ def reconstruct(
             starts.append(start)
     if out is not None:
         return cast(Base, _write(out, stack, weight, us, vs, starts))
-    result = KVStack(torch.ops.customdiff.reconstruct(weight, us, vs, starts), stack.segments)
+    weight = torch.ops.customdiff.reconstruct(weight, us, vs, starts).to(stack.weight.dtype)
+    result = KVStack(weight, stack.segments)
     return cast(Base, result if isinstance(base, KVStack) else dict(result))
 
 
@@ -103,9 +104,9 @@ def compress(
     if dtype not in _checks.FLOATING:
         raise TypeError(f"dtype must be floating, got {dtype}")
     matrices = {name: stack[name].detach() for name in stack}
-    for name, matrix in matrices.items():
-        if not bool(torch.isfinite(matrix).all()):
-            raise ValueError(f"delta[{name!r}] is not finite")
+    if not bool(torch.isfinite(stack.weight).all()):
+        name = next(n for n, matrix in matrices.items() if not bool(torch.isfinite(matrix).all()))
+        raise ValueError(f"delta[{name!r}] is not finite")
     spectra = _spectra(matrices)
     costs = [sum(matrix.shape) * dtype.itemsize for matrix in matrices.values()]
     exact: set[str] = set()
@@ -123,7 +124,7 @@ def compress(
         exact.update(weak)
     factors = {}
     for name, matrix in matrices.items():
-        u, v = _factors(matrix, *spectra[name], ranks[name])
+        u, v = _factors(matrix, spectra[name][1][:, : ranks[name]])
         factors[name] = (u.to(dtype), v.to(dtype))
     return LowRankDelta(stack.segments, factors)
 
@@ -136,13 +137,14 @@ def _spectra(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
     found = {}
     for names in shapes.values():
         values, vectors = torch.ops.customdiff.spectrum(torch.stack([matrices[name] for name in names]))
+        values = values.cpu()  # ranks are decided there: one transfer, not one for every question
         found.update({name: (values[i], vectors[i]) for i, name in enumerate(names)})
     return {name: _significant(*found[name], max(matrices[name].shape)) for name in matrices}
 
 
 def _lapack(matrix: Tensor) -> tuple[Tensor, Tensor]:
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return _significant(s, u if matrix.shape[0] < matrix.shape[1] else v.mT, max(matrix.shape))
+    return _significant(s.cpu(), u if matrix.shape[0] < matrix.shape[1] else v.mT, max(matrix.shape))
 
 
 def _significant(values: Tensor, vectors: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -150,9 +152,11 @@ def _significant(values: Tensor, vectors: Tensor, size: int) -> tuple[Tensor, Te
     return torch.where(values > values[:1] * size * torch.finfo(torch.float64).eps, values, 0.0), vectors
 
 
-def _factors(matrix: Tensor, values: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """u (rows,r) with the singular values folded in, v (r,E) with orthonormal rows; float64."""
-    a, q = matrix.double(), vectors[:, :rank]
+def _factors(matrix: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """u (rows,r) with the singular values folded in, v (r,E) with orthonormal rows; float64. ``q``: r vectors
+    of the shorter side.
+    """
+    a = matrix.double()
     if a.shape[0] >= a.shape[1]:
         return a @ q, q.mT
     v = q.mT @ a
@@ -194,7 +198,7 @@ def _budget_ranks(spectra: Sequence[Tensor], costs: Sequence[int], max_bytes: in
     kept = [values[values > 0] for values in spectra]
     owner = torch.cat([torch.full((len(values),), i) for i, values in enumerate(kept)])
     cost = torch.tensor(costs)[owner]
-    order = (torch.cat(kept).cpu().square() / cost).argsort(descending=True, stable=True)
+    order = (torch.cat(kept).square() / cost).argsort(descending=True, stable=True)
     if len(order) and cost.min() > max_bytes:
         raise ValueError(
             f"max_bytes must hold a singular value of the smallest segment ({cost.min()}), got {max_bytes}"
@@ -243,14 +247,15 @@ def _check_fits(
 
 
 def _add_dense(
-    argument: str, weight: Tensor, stack: KVStack, delta: Mapping[str, Tensor], scale: float | Tensor
+    argument: str, weight: Tensor, stack: KVStack, delta: Mapping[str, Tensor], scale: float | Tensor | None
 ) -> Tensor:
-    """A dense change is added without the operator: there is nothing to multiply."""
+    """A dense change is added without the operator: there is nothing to multiply. In weight's dtype."""
     for name, change in delta.items():
+        _checks.is_tensor(f"{argument}[{name!r}]", change)
         _check_fits(argument, name, tuple(change.shape), change.device, stack)
     changes = [delta[name] if name in delta else torch.zeros_like(stack[name]) for name in stack]
-    sums = _checks.sum_dtype(weight.dtype)
-    return (weight.to(sums) + torch.cat(changes).to(sums) * scale).to(weight.dtype)
+    change = torch.cat(changes).to(weight.dtype)
+    return weight + (change if scale is None else change * scale)
 
 
 def _write(
@@ -260,5 +265,9 @@ def _write(
         raise ValueError("out must be a KVStack with the segments of base")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (out.weight, weight, *u, *v)):
         raise ValueError("out= is not differentiable: leave it out, or call within torch.no_grad()")
-    torch.ops.customdiff.reconstruct_out(out.weight, weight, u, v, starts)
+    if weight.dtype is stack.weight.dtype:
+        torch.ops.customdiff.reconstruct_out(out.weight, weight, u, v, starts)
+    else:  # dense changes were added in the dtype of sums: round once, at the end
+        _checks.like("out", out.weight, "base", stack.weight)
+        out.weight.copy_(torch.ops.customdiff.reconstruct(weight, u, v, starts))
     return out

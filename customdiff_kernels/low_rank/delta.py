@@ -34,7 +34,10 @@ class LowRankDelta:
             raise ValueError(f"factors are given for segments that do not exist: {unknown[:3]}")
         if not factors:
             raise ValueError("factors must hold at least one segment's (u, v), got none")
-        first = next(iter(factors.values()))[1]
+        first_name, (_, first) = next(iter(factors.items()))
+        _checks.is_tensor(f"factors[{first_name!r}] v", first)
+        _checks.floating(f"factors[{first_name!r}] v", first)
+        _checks.rank(f"factors[{first_name!r}] v", first, "r,E")
         self.factors: Factors = {}
         for name, start, stop in self.segments:
             if name in factors:
@@ -129,12 +132,10 @@ class LowRankDelta:
 
 
 def _check_pair(name: str, u: Tensor, v: Tensor, rows: int, like: Tensor) -> None:
-    for label, factor in ((f"factors[{name!r}] u", u), (f"factors[{name!r}] v", v)):
+    for label, factor, dims in ((f"factors[{name!r}] u", u, "rows,r"), (f"factors[{name!r}] v", v, "r,E")):
         _checks.is_tensor(label, factor)
-        _checks.floating(label, factor, like.dtype) if like.is_floating_point() else _checks.floating(
-            label, factor
-        )
-        _checks.rank(label, factor, "rows,r")
+        _checks.floating(label, factor, like.dtype)
+        _checks.rank(label, factor, dims)
         _checks.same_device(label, factor, "the first factor", like)
     _checks.shape(f"factors[{name!r}] u", u, (rows, u.shape[1]), "(rows of the segment, rank)")
     _checks.shape(f"factors[{name!r}] v", v, (u.shape[1], like.shape[1]), "(rank of u, E)")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import _checks
-from .._library import LIBRARY, register
+from .._library import register
 
 # One batched product on the CPU covers at most so many bytes of the weight: `beta = 1` first copies the base
 # to the output and then adds to it, and a larger piece has left the cache in between.
@@ -136,9 +136,11 @@ def _check_out(out: Tensor, base: Tensor, u: list[Tensor], v: list[Tensor], star
     _checks.same_device("out", out, "base", base)
 
 
-LIBRARY.define("reconstruct_out(Tensor(a!) out, Tensor base, Tensor[] u, Tensor[] v, int[] starts) -> ()")
-LIBRARY.impl("reconstruct_out", _reconstruct_, "CompositeExplicitAutograd")
-torch.library.register_fake("customdiff::reconstruct_out", _check_out, lib=LIBRARY)
+register(
+    "reconstruct_out(Tensor(a!) out, Tensor base, Tensor[] u, Tensor[] v, int[] starts) -> ()",
+    _reconstruct_,
+    _check_out,
+)
 
 
 def _check_spectrum(matrices: Tensor) -> None:

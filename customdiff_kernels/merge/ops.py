@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._library import LIBRARY, register
+from .._library import register
 
 BLOCK_ROWS = 512  # on the CPU; a block of the difference is 1.5 MB in float32 at E = 768
 
@@ -222,8 +222,8 @@ def _check_out(
     _checks.same_device("out", out, "base", base)
 
 
-LIBRARY.define(
-    "merge_apply_out(Tensor(a!) out, Tensor base, Tensor[] weights, Tensor[] targets, Tensor basis) -> ()"
+register(
+    "merge_apply_out(Tensor(a!) out, Tensor base, Tensor[] weights, Tensor[] targets, Tensor basis) -> ()",
+    _apply_,
+    _check_out,
 )
-LIBRARY.impl("merge_apply_out", _apply_, "CompositeExplicitAutograd")
-torch.library.register_fake("customdiff::merge_apply_out", _check_out, lib=LIBRARY)

@@ -57,7 +57,9 @@ class Problem:
         if not isinstance(out, KVStack) or out.segments != self.stack.segments:
             raise ValueError("out must be a KVStack with the segments of base")
         sources = [weights.weight for weights in self.weights if isinstance(weights, KVStack)]
-        tensors = (out.weight, self.stack.weight, *sources, *targets)
+        low_rank = [weights for weights in self.weights if isinstance(weights, LowRankDelta)]
+        factors = [factor for delta in low_rank for pair in delta.factors.values() for factor in pair]
+        tensors = (out.weight, self.stack.weight, *sources, *factors, *targets)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise ValueError("out= is not differentiable: leave it out, or call within torch.no_grad()")
         if any(out.weight.data_ptr() == weight.data_ptr() for weight in sources):
