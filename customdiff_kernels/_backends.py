@@ -12,7 +12,7 @@ that names the remedy.
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 from functools import cache
@@ -131,10 +131,10 @@ def build_info() -> dict[str, Any]:
     """What this installation consists of; ``native`` says what was compiled."""
     from . import __version__, _native
 
-    triton = importlib.metadata.version("triton") if has_triton() else None
     return {
         "version": __version__,
         "torch": torch.__version__,
         "native": _native.build_info(),
-        "triton": triton,
+        # asked of the module: nightly builds of torch install it as another distribution
+        "triton": importlib.import_module("triton").__version__ if has_triton() else None,
     }

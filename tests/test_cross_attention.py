@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -424,7 +426,14 @@ def test_score_std_gradcheck_and_edges(backend64):
     q, k, *_ = inputs((2, 2, 5, 4, 3), torch.float64)
     assert torch.autograd.gradcheck(ck.score_std, (q, k))
     assert ck.score_std(torch.ones(1, 1, 1, 3), torch.ones(1, 1, 1, 3)).isnan()
-    assert ck.score_std(torch.ones(1, 2, 4, 3), torch.ones(1, 2, 5, 3)) == 0
+    flat = torch.ones(1, 2, 4, 3, requires_grad=True)
+    std = ck.score_std(flat, torch.ones(1, 2, 5, 3))
+    std.backward()
+    assert std == 0 and not flat.grad.any()  # as torch.std, not 0/0
+    plain = torch.autograd.grad(ck.score_std(q.float(), k.float()), q)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = torch.autograd.grad(ck.score_std(q.float(), k.float()), q)[0]
+    assert torch.equal(plain, mixed)
     with pytest.raises(ValueError, match="key must have shape"):
         ck.score_std(torch.ones(1, 2, 4, 3), torch.ones(1, 2, 5, 4))
     with pytest.raises(TypeError, match="query must be a torch.Tensor"):
@@ -468,3 +477,9 @@ def test_build_info_names_versions():
     info = ck.build_info()
     assert info["version"] == ck.__version__ and info["torch"] == torch.__version__
     assert info["native"] and "triton" in info
+
+
+def test_build_info_of_a_triton_from_another_distribution(monkeypatch):
+    monkeypatch.setattr("customdiff_kernels._backends.has_triton", lambda: True)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.9.0+nightly"))
+    assert ck.build_info()["triton"] == "3.9.0+nightly"

@@ -174,13 +174,16 @@ def _std_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _std_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """∂std/∂q = (q (kᵀk) − μ 1 (Σ k)ᵀ) / ((n−1) std), and its mirror image for k; D×D products only."""
+    """∂std/∂q = (q (kᵀk) − μ 1 (Σ k)ᵀ) / ((n−1) std), and its mirror image for k; D×D products only.
+
+    0 where all scores are equal, as torch.std.
+    """
     query, key, std = ctx.saved_tensors
     q, k = query.to(std.dtype), key.to(std.dtype)
     n = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     sum_q, sum_k = q.sum(2, keepdim=True), k.sum(2, keepdim=True)
     mean = (sum_q * sum_k).sum() / n
-    factor = grad / ((n - 1) * std)
+    factor = (grad / ((n - 1) * std)).masked_fill(std == 0, 0)
     d_query = (q @ (k.mT @ k) - mean * sum_k) * factor if ctx.needs_input_grad[0] else None
     d_key = (k @ (q.mT @ q) - mean * sum_q) * factor if ctx.needs_input_grad[1] else None
     return (
