@@ -104,8 +104,14 @@ def compare(no_worse, query, key, value, bias=None, labels=None, table=None, sca
             no_worse(name, got, plain.to(got.dtype), right)
 
 
-@pytest.mark.parametrize("dim", [24, 40, 56, 64, 80, 128, 160])
-@pytest.mark.parametrize("n_keys", [1, 7, 77, 80, 128, 154])
+SHAPES = [
+    pytest.param(n_keys, dim, marks=[] if n_keys == 77 or dim == 40 else pytest.mark.slow)
+    for n_keys in (1, 7, 77, 80, 128, 154)
+    for dim in (24, 40, 56, 64, 80, 128, 160)
+]
+
+
+@pytest.mark.parametrize("n_keys, dim", SHAPES)
 def test_shapes_in_float32(no_worse, n_keys, dim):
     compare(no_worse, *(heads(n, dim, torch.float32, n_heads=1) for n in (33, n_keys, n_keys)))
 
@@ -115,7 +121,7 @@ def test_shapes_in_float32(no_worse, n_keys, dim):
     "n_keys, dim", [(77, 40), (77, 64), (77, 80), (77, 160), (7, 24), (64, 80), (128, 128), (154, 56)]
 )
 def test_shapes_in_16_bits(no_worse, dtype, n_keys, dim):
-    compare(no_worse, *(heads(n, dim, dtype) for n in (70, n_keys, n_keys)))
+    compare(no_worse, *(heads(n, dim, dtype, n_heads=1) for n in (40, n_keys, n_keys)))
 
 
 @pytest.mark.parametrize("n_keys", [20, 77])
@@ -135,10 +141,10 @@ def test_dense_bias(no_worse, shape, n_keys):
 )
 def test_layout_bias(no_worse, batch_labels, batch_table, n_keys):
     """Labels and table gathered in the kernel; more regions than one tile of 16 in the table's gradient."""
-    labels = torch.randint(0, 19, (batch_labels, 40), dtype=torch.int32, device=DEVICE)
+    labels = torch.randint(0, 19, (batch_labels, 20), dtype=torch.int32, device=DEVICE)
     labels[labels == 5] = 0  # a region without a pixel has gradient 0
     table = torch.randn(batch_table, 19, n_keys, device=DEVICE)
-    q, k, v = (heads(n, 40, torch.float32, 2) for n in (40, n_keys, n_keys))
+    q, k, v = (heads(n, 40, torch.float16, 2) for n in (20, n_keys, n_keys))
     compare(no_worse, q, k, v, labels=labels, table=table)
 
 
@@ -165,28 +171,27 @@ def test_masked_rows(no_worse, low, n_keys, dtype):
 
 
 def test_extreme_scores_stay_finite():
-    q, k, v = (heads(n, 40, torch.float32) * size for n, size in ((33, 1e4), (77, 1e4), (77, 1)))
+    q, k, v = (heads(n, 40, torch.float32, n_heads=1) * size for n, size in ((33, 1e4), (77, 1e4), (77, 1)))
     exact = formula(q.double(), k.double(), v.double())
-    for got in run(q, k, v, None, None, None, 1.0, torch.randn_like(q))[:4]:
-        assert got.isfinite().all()
-    out = run(q, k, v, None, None, None, 1.0, torch.randn_like(q))[0]
-    torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-3)
+    found = run(q, k, v, None, None, None, 1.0, torch.randn_like(q))[:4]
+    assert all(x.isfinite().all() for x in found)
+    torch.testing.assert_close(found[0].double(), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_strides(no_worse):
     """Contiguous, sliced rows, odd offsets, keys shared by the batch through a 0-stride."""
-    q = heads(37, 40, torch.float32, 2, 3, interleaved=False)
-    wide = torch.randn(2, 77, 3, 2, 41, device=DEVICE)  # rows 41 apart: aligned to nothing
+    q = heads(20, 40, torch.float16, 2, 2, interleaved=False)
+    wide = torch.randn(2, 77, 2, 2, 41, device=DEVICE).half()  # rows 41 apart: aligned to nothing
     k, v = (wide[..., i, 1:].transpose(1, 2) for i in (0, 1))
     compare(no_worse, q, k, v)
     k, v = (x[:1].expand(2, -1, -1, -1) for x in (k, v))
-    compare(no_worse, torch.randn(2, 3, 74, 40, device=DEVICE)[:, :, ::2], k, v)
+    compare(no_worse, torch.randn(2, 2, 40, 40, device=DEVICE).half()[:, :, ::2], k, v)
 
 
 def test_writes_only_its_own_rows():
     """Strided outputs: what lies between their rows stays as it was."""
-    q, k, v, g = (heads(n, 40, torch.float32, 2) for n in (37, 77, 77, 37))
-    memory = [torch.full((2, n, 2, 48), 7.0, device=DEVICE) for n in (37, 37, 77, 77)]
+    q, k, v, g = (heads(n, 40, torch.float16, 2) for n in (20, 77, 77, 20))
+    memory = [torch.full((2, n, 2, 48), 7.0, device=DEVICE).half() for n in (20, 20, 77, 77)]
     out, *grads = (x[..., :40].transpose(1, 2) for x in memory)
     kernels.attention_forward(q, k, v, None, None, None, 0.2, out)
     kernels.attention_backward(g, q, k, v, None, None, None, 0.2, *grads, None, None)
