@@ -81,6 +81,7 @@ def save_delta(
     path = Path(path)
     tensors, segments, kind = _delta_tensors(delta)
     tensors.update(_token_tensors(modifier_tokens or {}))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} is not finite; it is not saved")
@@ -205,11 +206,13 @@ def _check_metadata(fields: Mapping[str, Any]) -> None:
 
 
 def _content_hash(tensors: Mapping[str, Tensor], text: Mapping[str, str]) -> str:
-    """sha256 of the metadata and of every tensor: a flipped bit is an error and not a strange picture."""
+    """sha256 of the metadata and of every tensor, contiguous on the CPU: a flipped bit is an error and not a
+    strange picture.
+    """
     described = sorted((name, value) for name, value in text.items() if name != "content_sha256")
     digest = hashlib.sha256(json.dumps(described).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(_safetensors.data_bytes(tensor))
     return digest.hexdigest()
