@@ -91,9 +91,7 @@ def test_views_share_the_memory_of_the_projection():
     assert key.shape == value.shape == (2, 5, 8)
     assert value.data_ptr() == kv[..., 16:].data_ptr() and value._base is kv
     pairs = stack.views(kv.requires_grad_()).values()
-    assert (
-        len({tensor.grad_fn for pair in pairs for tensor in pair}) == 1
-    )  # one gradient of kv, not four
+    assert len({tensor.grad_fn for pair in pairs for tensor in pair}) == 1  # one gradient of kv, not four
     with pytest.raises(ValueError, match=r"R=24 .* got shape \(2, 5, 23\)"):
         stack.views(kv[..., 1:])
 
