@@ -19,18 +19,26 @@ namespace avx512 {
 extern const Kernels table;
 }
 #endif
+#if defined(CK_X86_BF16)
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+#endif
 
 const Kernels* const* usable_kernels() {
-  static const Kernels* list[4] = {};
+  static const Kernels* list[5] = {};
   static const bool filled = [] {
     int count = 0;
 #if defined(CK_X86)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      list[count++] = &avx512::table;
-    }
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl");
+#if defined(CK_X86_BF16)
+    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) list[count++] = &avx512_bf16::table;
+#endif
+    if (has_avx512) list[count++] = &avx512::table;
     if (has_avx2) list[count++] = &avx2::table;
 #endif
     list[count++] = &portable::table;

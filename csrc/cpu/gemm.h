@@ -8,13 +8,34 @@ namespace ck {
 namespace CK_ISA {
 namespace {
 
-template <class T>
+// What the operands are made of: float, double, or two adjacent bfloat16 along the sum in one word, which one
+// instruction multiplies and adds to a float.
+#if defined(__AVX512BF16__)
+typedef uint32_t Pair;
+
+inline Vec<float> multiply_add(Pair x, Vec<Pair> y, Vec<float> sum) {
+  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(Vec<Pair>{} + x), bit_cast<__m512bh>(y));
+}
+inline HalfVec<float> multiply_add(Pair x, HalfVec<Pair> y, HalfVec<float> sum) {
+  return _mm256_dpbf16_ps(sum, bit_cast<__m256bh>(HalfVec<Pair>{} + x), bit_cast<__m256bh>(y));
+}
+#endif
+
+template <class T, class V>
+inline V multiply_add(T x, V y, V sum) {
+  return sum + x * y;
+}
+
+template <class E>
+using Sum = typename std::conditional<std::is_same<E, double>::value, double, float>::type;
+
+template <class E>
 struct Gemm {
-  const T* a;  // element (i, k) at a[i * a_row + k * a_step]
+  const E* a;  // element (i, k) at a[i * a_row + k * a_step]
   int64_t a_row, a_step;
-  const T* b;  // (depth, columns), row-major with b_row elements a row
+  const E* b;  // (depth, columns), row-major with b_row elements a row
   int64_t b_row;
-  T* c;  // (rows, columns), row-major
+  Sum<E>* c;  // (rows, columns), row-major
   int64_t c_row;
   int64_t rows, columns, depth;  // columns is a multiple of kColumnUnit
   bool accumulate;               // C += A·B
@@ -29,24 +50,25 @@ constexpr int tile_rows(int vectors) {
   return rows < 12 ? rows : 12;
 }
 
-template <class T, int R, int V, bool Half>
-inline void gemm_tile(const Gemm<T>& g, int64_t row, int64_t column) {
+template <class E, int R, int V, bool Half>
+inline void gemm_tile(const Gemm<E>& g, int64_t row, int64_t column) {
+  typedef Sum<E> T;
   Vec<T> sum[R][V ? V : 1] = {};
   HalfVec<T> half_sum[R] = {};
-  const T* a = g.a + row * g.a_row;
-  const T* b = g.b + column;
+  const E* a = g.a + row * g.a_row;
+  const E* b = g.b + column;
   for (int64_t k = 0; k < g.depth; ++k, a += g.a_step, b += g.b_row) {
-    Vec<T> bv[V ? V : 1];
-    HalfVec<T> bh;
+    Vec<E> bv[V ? V : 1];
+    HalfVec<E> bh;
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) bv[j] = load<Vec<T>>(b + j * kLanes<T>);
-    if (Half) bh = load<HalfVec<T>>(b + V * kLanes<T>);
+    for (int j = 0; j < V; ++j) bv[j] = load<Vec<E>>(b + j * kLanes<E>);
+    if (Half) bh = load<HalfVec<E>>(b + V * kLanes<E>);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const T x = a[i * g.a_row];
+      const E x = a[i * g.a_row];
 #pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) sum[i][j] += x * bv[j];
-      if (Half) half_sum[i] += x * bh;
+      for (int j = 0; j < V; ++j) sum[i][j] = multiply_add(x, bv[j], sum[i][j]);
+      if (Half) half_sum[i] = multiply_add(x, bh, half_sum[i]);
     }
   }
   T* c = g.c + row * g.c_row + column;
@@ -69,9 +91,6 @@ void gemm_panel(const Gemm<T>& g, int64_t column) {
   constexpr int R = tile_rows(V + Half);
   int64_t row = 0;
   for (; row + R <= g.rows; row += R) gemm_tile<T, R, V, Half>(g, row, column);
-  if constexpr (R > 4) {
-    for (; row + 4 <= g.rows; row += 4) gemm_tile<T, 4, V, Half>(g, row, column);
-  }
   for (; row + 2 <= g.rows; row += 2) gemm_tile<T, 2, V, Half>(g, row, column);
   if (row < g.rows) gemm_tile<T, 1, V, Half>(g, row, column);
 }

@@ -1,6 +1,7 @@
 // Compiled once for each instruction set: CK_ISA is its name, the compiler's flags are its meaning.
 #include "cpu/kernels.h"
 
+#include "cpu/attention_bf16.h"
 #include "cpu/attention_kernels.h"
 #include "cpu/score_moments.h"
 
@@ -11,16 +12,22 @@ namespace ck {
 namespace CK_ISA {
 namespace {
 
-// float64 tensors are computed in double, all others in float.
+// float64 tensors are computed in double, all others in float; bfloat16 in pairs where the machine has them.
 #define CK_BY_TYPE(function, a, ...)                                       \
   ((a).query.dtype == DType::kFloat64 ? function<double>(a, ##__VA_ARGS__) \
                                       : function<float>(a, ##__VA_ARGS__))
 
 void attention_forward(const Attention& a, int64_t b, Range heads, Range queries) {
+#if defined(__AVX512BF16__)
+  if (a.query.dtype == DType::kBFloat16) return forward_bf16(a, b, heads, queries);
+#endif
   CK_BY_TYPE(forward, a, b, heads, queries);
 }
 
 void attention_backward(const Attention& a, const BackwardTask& task) {
+#if defined(__AVX512BF16__)
+  if (a.query.dtype == DType::kBFloat16) return backward_bf16(a, task);
+#endif
   CK_BY_TYPE(backward, a, task);
 }
 

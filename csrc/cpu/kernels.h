@@ -61,8 +61,8 @@ struct Kernels {
 };
 
 // The kernels of the best instruction set that was built and that this machine runs. The environment variable
-// CK_CPU_ISA = portable | avx2 | avx512 forces one; one that is unknown, not built or not supported by the
-// machine throws std::runtime_error.
+// CK_CPU_ISA = portable | avx2 | avx512 | avx512_bf16 forces one; one that is unknown, not built or not
+// supported by the machine throws std::runtime_error.
 const Kernels& kernels();
 
 // Null-terminated list of the instruction sets that this machine can run, best first.

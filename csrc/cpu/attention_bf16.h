@@ -1,0 +1,239 @@
+// The attention of bfloat16 tensors on machines that multiply pairs of bfloat16 into a float: the same passes
+// as in attention_kernels.h, at twice the rate. Scores and sums are float; P and dS are rounded to bfloat16
+// before they are multiplied, as they are wherever bfloat16 matrices are.
+//
+// A product sums over two elements at a time, so both operands are packed with neighbours along the sum in
+// one word: "rows" where the sum runs along a row (a row of bfloat16 read as words), "paired" where it runs
+// down the rows (element j of rows 2i and 2i + 1 in one word).
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/softmax.h"
+
+#if defined(__AVX512BF16__)
+
+namespace ck {
+namespace CK_ISA {
+namespace {
+
+inline int64_t half_up(int64_t n) {
+  return (n + 1) / 2;
+}
+
+// Rows [first, first + rows) of tensor[b, h] as they are, `words` words each, zero beyond the last element.
+void copy_rows(Pair* target, int64_t words, const Tensor& tensor, int64_t b, int64_t h, int64_t first,
+               int64_t rows) {
+  const int64_t n = tensor.size[3], stride = tensor.stride[3];
+  for (int64_t i = 0; i < rows; ++i, target += words) {
+    const uint16_t* source = static_cast<const uint16_t*>(tensor.at(b, h, first + i));
+    uint16_t* row = reinterpret_cast<uint16_t*>(target);
+    if (stride == 1) {
+      __builtin_memcpy(row, source, n * sizeof(uint16_t));
+    } else {
+      for (int64_t j = 0; j < n; ++j) row[j] = source[j * stride];
+    }
+    for (int64_t j = n; j < 2 * words; ++j) row[j] = 0;
+  }
+}
+
+// Rows of `words` words, paired; a last row without a neighbour is paired with zeros.
+void pair_copied(const Pair* rows, int64_t words, int64_t count, Pair* target, int64_t padded) {
+  for (int64_t i = 0; i < count; i += 2, target += padded) {
+    const uint16_t* low = reinterpret_cast<const uint16_t*>(rows + i * words);
+    const uint16_t* high = low + 2 * words;
+    if (i + 1 < count) {
+      for (int64_t j = 0; j < 2 * words; ++j) target[j] = Pair(low[j]) | Pair(high[j]) << 16;
+    } else {
+      for (int64_t j = 0; j < 2 * words; ++j) target[j] = low[j];
+    }
+    for (int64_t j = 2 * words; j < padded; ++j) target[j] = 0;
+  }
+}
+
+inline Vec<Pair> round16(const float* x) {
+  typedef VectorOf<uint16_t, 16>::type Short;
+  const __m256bh rounded = _mm512_cvtneps_pbh(load<Vec<float>>(x));
+  return __builtin_convertvector(bit_cast<Short>(rounded), Vec<Pair>);
+}
+
+// Float rows rounded, as rows.
+inline void round_rows(const float* x, int64_t count, Pair* target) {
+  typedef VectorOf<uint16_t, 16>::type Short;
+  uint16_t* out = reinterpret_cast<uint16_t*>(target);
+  for (int64_t i = 0; i < count; i += 16) {
+    store(out + i, bit_cast<Short>(_mm512_cvtneps_pbh(load<Vec<float>>(x + i))));
+  }
+}
+
+// Float rows rounded, paired.
+inline void round_paired(const float* x, int64_t rows, int64_t padded, Pair* target) {
+  for (int64_t i = 0; i < rows; i += 2, x += 2 * padded, target += padded) {
+    for (int64_t j = 0; j < padded; j += 16) {
+      Vec<Pair> pair = round16(x + j);
+      if (i + 1 < rows) pair |= round16(x + padded + j) << 16;
+      store(target + j, pair);
+    }
+  }
+}
+
+// Words along a row, transposed: (rows, words) -> (words, padded).
+inline void transpose_words(const Pair* rows, int64_t count, int64_t words, Pair* target, int64_t padded) {
+  transpose(reinterpret_cast<const float*>(rows), count, words, words, reinterpret_cast<float*>(target),
+            padded);
+}
+
+struct ForwardBuffers16 {
+  Pair *keys_t, *values;  // for each head (D / 2, S), (S / 2, D) paired
+  Pair *rows, *p;         // a block of queries as rows, or (S, D) while packing; p as rows
+  float *scores, *out, *inverse_sum;
+  BiasRows<float> bias;
+
+  size_t place(const Attention& a, const Shape& shape, int64_t heads, void* base) {
+    const int64_t words = half_up(shape.depth), most = shape.keys < kQueryBlock ? kQueryBlock : shape.keys;
+    Arena arena{static_cast<char*>(base)};
+    keys_t = arena.take<Pair>(heads * words * shape.padded_keys);
+    values = arena.take<Pair>(heads * half_up(shape.keys) * shape.padded_depth);
+    rows = arena.take<Pair>(most * words);
+    p = arena.take<Pair>(kQueryBlock * shape.padded_keys / 2);
+    scores = arena.take<float>(kQueryBlock * shape.padded_keys);
+    out = arena.take<float>(kQueryBlock * shape.padded_depth);
+    inverse_sum = arena.take<float>(kQueryBlock);
+    bias.place(a, shape, heads, arena);
+    return arena.used;
+  }
+};
+
+void forward_bf16(const Attention& a, int64_t b, Range heads, Range queries) {
+  const Shape shape = shape_of<float>(a);
+  const int64_t S = shape.keys, Dp = shape.padded_depth, Sp = shape.padded_keys;
+  const int64_t Dw = half_up(shape.depth), Sw = half_up(S), count = heads.end - heads.begin;
+  ForwardBuffers16 m;
+  m.place(a, shape, count, thread_scratch(Scratch::kTask, m.place(a, shape, count, nullptr)));
+
+  for (int64_t i = 0; i < count; ++i) {
+    copy_rows(m.rows, Dw, a.key, b, heads.begin + i, 0, S);
+    transpose_words(m.rows, S, Dw, m.keys_t + i * Dw * Sp, Sp);
+    copy_rows(m.rows, Dw, a.value, b, heads.begin + i, 0, S);
+    pair_copied(m.rows, Dw, S, m.values + i * Sw * Dp, Dp);
+  }
+  m.bias.begin(a, b, heads);
+
+  for (int64_t first = queries.begin; first < queries.end; first += kQueryBlock) {
+    const int64_t n = queries.end - first < kQueryBlock ? queries.end - first : kQueryBlock;
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      const int64_t i = h - heads.begin;
+      copy_rows(m.rows, Dw, a.query, b, h, first, n);
+      m.bias.next(a, b, h, first, n);
+      gemm<Pair>({m.rows, Dw, 1, m.keys_t + i * Dw * Sp, Sp, m.scores, Sp, n, Sp, Dw, false});
+      softmax_rows(m.scores, float(a.scale * kLog2E), m.bias, m.inverse_sum, n, Sp);
+      round_rows(m.scores, n * Sp, m.p);
+      gemm<Pair>({m.p, Sp / 2, 1, m.values + i * Sw * Dp, Dp, m.out, Dp, n, Dp, Sw, false});
+      store_rows(m.out, Dp, a.out, b, h, first, n, 1.f, m.inverse_sum);
+    }
+  }
+}
+
+struct BackwardBuffers16 {
+  Pair *keys, *keys_t, *values_t;  // for each head (S / 2, D) paired, (D / 2, S), (D / 2, S)
+  Pair *query, *grad_out, *query_pairs, *grad_pairs;  // a block of queries, as rows and paired
+  Pair *p_pairs, *ds, *ds_pairs;
+  Pair* rows;  // (S, D) while packing
+  float *p, *dp, *grad_query, *inverse_sum;
+  BiasRows<float> bias;
+
+  size_t place(const Attention& a, const Shape& shape, int64_t heads, void* base) {
+    const int64_t words = half_up(shape.depth), Sp = shape.padded_keys, Dp = shape.padded_depth;
+    Arena arena{static_cast<char*>(base)};
+    keys = arena.take<Pair>(heads * half_up(shape.keys) * Dp);
+    keys_t = arena.take<Pair>(heads * words * Sp);
+    values_t = arena.take<Pair>(heads * words * Sp);
+    query = arena.take<Pair>(kQueryBlock * words);
+    grad_out = arena.take<Pair>(kQueryBlock * words);
+    query_pairs = arena.take<Pair>(kQueryBlock / 2 * Dp);
+    grad_pairs = arena.take<Pair>(kQueryBlock / 2 * Dp);
+    p_pairs = arena.take<Pair>(kQueryBlock / 2 * Sp);
+    ds = arena.take<Pair>(kQueryBlock * Sp / 2);
+    ds_pairs = arena.take<Pair>(kQueryBlock / 2 * Sp);
+    rows = arena.take<Pair>(shape.keys * words);
+    p = arena.take<float>(kQueryBlock * Sp);
+    dp = arena.take<float>(kQueryBlock * Sp);
+    grad_query = arena.take<float>(kQueryBlock * Dp);
+    inverse_sum = arena.take<float>(kQueryBlock);
+    bias.place(a, shape, heads, arena);
+    return arena.used;
+  }
+};
+
+void backward_batch_bf16(const Attention& a, const BackwardTask& task, const Shape& shape,
+                         BackwardBuffers16& m, int64_t b) {
+  const int64_t S = shape.keys, Dp = shape.padded_depth, Sp = shape.padded_keys;
+  const int64_t Dw = half_up(shape.depth), Sw = half_up(S);
+  const Range heads = task.heads;
+
+  for (int64_t h = heads.begin; h < heads.end; ++h) {
+    const int64_t i = h - heads.begin;
+    copy_rows(m.rows, Dw, a.value, b, h, 0, S);
+    transpose_words(m.rows, S, Dw, m.values_t + i * Dw * Sp, Sp);
+    copy_rows(m.rows, Dw, a.key, b, h, 0, S);
+    transpose_words(m.rows, S, Dw, m.keys_t + i * Dw * Sp, Sp);
+    pair_copied(m.rows, Dw, S, m.keys + i * Sw * Dp, Dp);
+  }
+  m.bias.begin(a, b, heads);
+
+  for (int64_t first = task.queries.begin; first < task.queries.end; first += kQueryBlock) {
+    const int64_t left = task.queries.end - first, n = left < kQueryBlock ? left : kQueryBlock;
+    const int64_t pairs = half_up(n);
+    const bool accumulate = first != task.queries.begin;
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      const int64_t i = h - heads.begin;
+      float* grad_key =
+          reinterpret_cast<float*>(task.key_value + (b * a.heads() + h) * task.key_value_stride);
+      float* grad_value = grad_key + S * Dp;
+      copy_rows(m.query, Dw, a.query, b, h, first, n);
+      copy_rows(m.grad_out, Dw, a.grad_out, b, h, first, n);
+      m.bias.next(a, b, h, first, n);
+
+      gemm<Pair>({m.query, Dw, 1, m.keys_t + i * Dw * Sp, Sp, m.p, Sp, n, Sp, Dw, false});
+      gemm<Pair>({m.grad_out, Dw, 1, m.values_t + i * Dw * Sp, Sp, m.dp, Sp, n, Sp, Dw, false});
+      softmax_rows(m.p, float(a.scale * kLog2E), m.bias, m.inverse_sum, n, Sp);
+      for (int64_t r = 0; r < n; ++r) {
+        softmax_backward_row(m.p + r * Sp, m.dp + r * Sp, m.inverse_sum[r], Sp);
+      }
+      if (a.grad_value) {
+        round_paired(m.p, n, Sp, m.p_pairs);
+        pair_copied(m.grad_out, Dw, n, m.grad_pairs, Dp);
+        gemm<Pair>({m.p_pairs, 1, Sp, m.grad_pairs, Dp, grad_value, Dp, S, Dp, pairs, accumulate});
+      }
+      if (a.grad_key) {
+        round_paired(m.dp, n, Sp, m.ds_pairs);
+        pair_copied(m.query, Dw, n, m.query_pairs, Dp);
+        gemm<Pair>({m.ds_pairs, 1, Sp, m.query_pairs, Dp, grad_key, Dp, S, Dp, pairs, accumulate});
+      }
+      if (a.grad_query) {
+        round_rows(m.dp, n * Sp, m.ds);
+        gemm<Pair>({m.ds, Sp / 2, 1, m.keys + i * Sw * Dp, Dp, m.grad_query, Dp, n, Dp, Sw, false});
+        store_rows(m.grad_query, Dp, a.grad_query, b, h, first, n, float(a.scale));
+      }
+      if (a.grad_bias || a.grad_table) {
+        for (int64_t r = 0; r < n; ++r) {
+          add_bias_gradient(a, task, shape, b, h, first + r, m.bias.index(r), m.dp + r * Sp);
+        }
+      }
+    }
+  }
+}
+
+void backward_bf16(const Attention& a, const BackwardTask& task) {
+  const Shape shape = shape_of<float>(a);
+  const int64_t heads = task.heads.end - task.heads.begin;
+  BackwardBuffers16 m;
+  m.place(a, shape, heads, thread_scratch(Scratch::kTask, m.place(a, shape, heads, nullptr)));
+  zero_bias_gradient<float>(a, task, shape);
+  for (int64_t b = task.batch.begin; b < task.batch.end; ++b) backward_batch_bf16(a, task, shape, m, b);
+}
+
+}  // namespace
+}  // namespace CK_ISA
+}  // namespace ck
+
+#endif
