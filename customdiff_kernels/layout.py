@@ -115,7 +115,7 @@ class LayoutBias:
 
         Returns:
             LayoutBias with labels (1, N) int32 and table (1, regions, S) float32, a region being a
-            combination of subjects that occurs.
+            combination of subjects that occurs. On the CPU: ``.to(device)`` moves it.
 
         Raises:
             TypeError, ValueError: naming the subject whose box or tokens are wrong.
@@ -185,6 +185,7 @@ class LayoutBias:
                 raise ValueError(
                     f"layouts[{i}] must have batch 1, N={n} and S={s} as the first, got {layout}"
                 )
+            _checks.same_device(f"layouts[{i}]", layout.table, "the first", first.table)
             labels[i] = layout.labels[0]
             table = layout.scaled_table(first.table.dtype)
             rows.append(torch.nn.functional.pad(table, (0, 0, 0, regions - table.shape[1])))

@@ -182,6 +182,8 @@ def test_stack_gives_each_row_its_own_layout():
         ck.LayoutBias.stack([None])
     with pytest.raises(ValueError, match=r"layouts\[1\] must have batch 1, N=16 and S=8"):
         ck.LayoutBias.stack([one, boxes({"dog": (0, 0, 1, 1)}, size=(2, 2))])
+    with pytest.raises(ValueError, match=r"layouts\[1\] is on meta and the first on cpu"):
+        ck.LayoutBias.stack([one, two.to("meta")])
 
 
 LABELS, TABLE = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 2, 3)

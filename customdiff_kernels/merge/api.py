@@ -45,6 +45,8 @@ class MergeReport:
 class MergeSolver:
     """min ‖(Ŵ - W0)C_regᵀ‖_F subject to Ŵ c = W_n c at every target feature c of every concept n.
 
+    Custom Diffusion (Kumari et al., 2023), eq. 4-5: Ŵ = W0 + vᵀ d, in closed form.
+
     reg_features: (T,E) text features of the regularisation captions (the paper: about 1000), any floating
         dtype. Their G = C_regᵀ C_reg is factored here, once, in float64, and serves every merge on this base
         model.
