@@ -13,7 +13,7 @@ from . import ops  # noqa: F401  (registers torch.ops.customdiff)
 def kv_project(context: Tensor, weight: Tensor, frozen_tokens: int = 0) -> Tensor:
     """Every layer's keys and values at once: context weightᵀ, with Custom Diffusion's K/V-only backward.
 
-    The projections that Custom Diffusion (Kumari et al., 2023, section 3.1) trains, of all layers as one matrix.
+    What Custom Diffusion (Kumari et al., 2023, section 3.1) trains, of all layers as one matrix.
 
     Args:
         context: (B, S, E) text features.
