@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_C: Any
 try:
-    from . import _C
+    from . import _C  # type: ignore[no-redef]
 except ImportError as error:
     _C = None
     _reason = str(error)
 
-_DTYPES = (
+_DTYPES: dict[torch.dtype, Any] = (
     {}
     if _C is None
     else {
