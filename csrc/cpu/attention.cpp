@@ -84,25 +84,31 @@ void expand_bias(Attention& a) {
 }
 
 // How the work is split into tasks: by the problem alone, so that sums over tasks are the same at any number
-// of threads. A task takes as many heads as have their keys and values in the second-level cache together,
-// and enough queries to make up for packing those.
+// of threads. There should be enough tasks to fill a machine, each with queries enough to make up for packing
+// its keys, and with as many heads as have their keys and values in the second-level cache together.
+constexpr int64_t kTasks = 32, kLeastQueries = 200;
+
+int64_t divide_up(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+
 int64_t heads_per_task(const Attention& a, int64_t copies) {
   constexpr int64_t kCache = 384 << 10;
+  const int64_t heads = std::max<int64_t>(1, a.heads());
   const int64_t bytes = std::max<int64_t>(1, copies * a.keys() * a.query.size[3] * sizeof(float));
-  const int64_t most = std::min(std::max<int64_t>(1, kCache / bytes), std::max<int64_t>(1, a.heads()));
-  const int64_t groups = (a.heads() + most - 1) / most;
-  return groups ? (a.heads() + groups - 1) / groups : 1;
+  const int64_t single = a.batch() * heads * divide_up(a.queries(), kLeastQueries);
+  const int64_t most = std::max<int64_t>(1, std::min({heads, kCache / bytes, single / kTasks}));
+  return divide_up(heads, divide_up(heads, most));
 }
 
 struct Chunks {
   int64_t count, queries;
 
   Chunks(int64_t n, int64_t groups) {
-    constexpr int64_t kTasks = 32, kLeast = 200, kUnit = 40;
+    constexpr int64_t kBlock = 40;
     const int64_t wanted = std::max<int64_t>(1, kTasks / std::max<int64_t>(1, groups));
-    queries = std::max(kLeast, (n + wanted - 1) / wanted);
-    queries = (queries + kUnit - 1) / kUnit * kUnit;
-    count = (n + queries - 1) / queries;
+    queries = divide_up(std::max(kLeastQueries, divide_up(n, wanted)), kBlock) * kBlock;
+    count = divide_up(n, queries);
   }
 
   Range range(int64_t chunk, int64_t n) const {
