@@ -68,7 +68,7 @@ def _refuses(name: str, device: torch.device, dtype: torch.dtype, interpreted: b
             return f"it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1), got {device.type}"
         if dtype is torch.float64:
             return "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
-        return None if has_triton() else "triton is not installed; pip install triton"
+        return None if has_triton() else "triton 3.3 or later is not installed; pip install -U triton"
     return None
 
 
@@ -82,7 +82,11 @@ def is_built() -> bool:
 
 @cache
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether a Triton is there that knows tuples in kernels (3.3, torch 2.7)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    version = importlib.import_module("triton").__version__
+    return tuple(map(int, version.split(".")[:2])) >= (3, 3)
 
 
 @cache

@@ -469,7 +469,7 @@ def test_a_missing_backend_is_an_error_that_names_the_remedy(monkeypatch):
     q = torch.zeros(1, 1, 2, 8)
     with pytest.raises(RuntimeError, match="native library is not built; pip install"):
         ck.cross_attention(q, q, q)
-    assert "pip install triton" in ck.explain("cuda")
+    assert "pip install -U triton" in ck.explain("cuda")
     assert "no backend for mps" in ck.explain("mps")
 
 

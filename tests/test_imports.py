@@ -93,7 +93,7 @@ print(ck.explain("cuda"))
     )
     first, second = out.splitlines()
     assert first == "torch.Size([1, 2, 5, 8]); torch.Size([1, 4, 16]); None; cpu: cpu tensors, float32"
-    assert second.endswith("triton is not installed; pip install triton")
+    assert second.endswith("triton 3.3 or later is not installed; pip install -U triton")
 
 
 def test_optional_names_are_looked_up_on_use_and_unknown_ones_fail():

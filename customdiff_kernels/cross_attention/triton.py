@@ -17,11 +17,6 @@ from torch import Tensor
 from . import configs
 from .triton_kernels import bias_bwd_kernel, bwd_kernel, fwd_kernel, gram_kernel, stats_kernel, sum_kernel
 
-if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):  # no tuples in kernels before
-    raise ImportError(
-        f"the triton backend needs triton >= 3.3 (torch 2.7 brings it), found {triton.__version__}"
-    )
-
 BiasMatrix = tuple[tuple[Tensor | None, Tensor | None], tuple[int, ...]]  # as _bias_matrix returns it
 
 
