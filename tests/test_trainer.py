@@ -189,6 +189,16 @@ def test_min_snr_weights():
     torch.testing.assert_close(training._snr_weight(t, v=True), snr.clamp(max=5) / (snr + 1))
 
 
+def test_the_rate_cools_down(config):
+    constant = dataclasses.replace(config, steps=10)
+    assert [constant.rate(step) for step in range(10)] == [1e-2] * 10
+    cooled = dataclasses.replace(config, steps=10, cooldown=0.4)
+    expected = [1e-2] * 7 + [0.75e-2, 0.5e-2, 0.25e-2]
+    assert [cooled.rate(step) for step in range(10)] == pytest.approx(expected)
+    embedded = dataclasses.replace(config, learning_rate=None, base=None)
+    assert embedded.rate(0) > dataclasses.replace(config, learning_rate=None).rate(0) == 8e-5
+
+
 def test_v_prediction_trains(config, tmp_path):
     base = tiny_pipeline.build(tmp_path / "v", prediction_type="v_prediction")
     result = trainer.train(dataclasses.replace(config, base=str(base), min_snr_gamma=5.0), progress=False)
@@ -222,6 +232,7 @@ def test_training_lowers_the_loss(config):
         ({"prior_weight": -1.0}, "prior_weight"),
         ({"weight_decay": float("nan")}, "weight_decay"),
         ({"shift": 0.7}, "shift"),
+        ({"cooldown": 1.5}, "cooldown"),
     ],
 )
 def test_bad_configurations_are_named(config, change, message):

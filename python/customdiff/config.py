@@ -45,6 +45,7 @@ class TrainConfig:
         help=f"of AdamW (default: {EMBEDDED_LEARNING_RATE:g} for the embedded base, the paper's "
         f"{PAPER_LEARNING_RATE:g} for any other)",
     )
+    cooldown: float = option(0.0, help="share of the steps, the last ones, in which the rate falls to zero")
     weight_decay: float = option(1e-2, help="of AdamW, on K/V and on V*; no other embedding is a parameter")
     min_snr_gamma: float | None = option(None, help="weigh the loss by min(SNR, gamma); 5 is usual")
     shift: float = option(0.05, help="move a concept picture at random by up to this share of its side")
@@ -77,14 +78,18 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"cooldown must be a share of the steps, 0 to 1, got {self.cooldown}")
         if self.shift > 0.5:
             raise ValueError(f"shift must be at most 0.5 of the picture's side, got {self.shift}")
 
-    def rate(self) -> float:
-        """The learning rate that is used."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return EMBEDDED_LEARNING_RATE if self.base is None else PAPER_LEARNING_RATE
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: constant, then linear to zero."""
+        full = self.learning_rate
+        if full is None:
+            full = EMBEDDED_LEARNING_RATE if self.base is None else PAPER_LEARNING_RATE
+        last = self.cooldown * self.steps
+        return full * min(1.0, (self.steps - step) / last) if last else full
 
     def mathematics(self) -> dict[str, Any]:
         """The fields that the result depends on: what a checkpoint must agree with to be resumed."""

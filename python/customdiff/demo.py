@@ -37,7 +37,6 @@ INITIALIZERS = {"<new1>": "ktn", "<new2>": "pll"}
 PLACES = ("on the grass", "on the beach", "in the snow", "in the room")
 GUIDANCE_SCALE = 3.0
 SHARE_OF_BYTES = 0.2
-NEAR = 22.0  # CIE76 distance within which a pixel has a concept's colour
 COVERAGE = 0.4  # of a concept's true share of a colour, for the concept to be there
 LEGEND = """
 image, text: CLIP alignment with the concept's pictures, with the prompt. gap: share of the way from the
@@ -283,7 +282,7 @@ class Presence:
 
     def __init__(self, subject: world.Subject, true_pictures: Sequence[Image.Image]):
         self.category = 1 + world.CATEGORIES.index(subject.category)
-        self.colours = [world.lab(subject.primary), world.lab(subject.secondary)]
+        self.colours = (subject.primary, subject.secondary)
         self.true = np.median([share for share in self._shares(true_pictures) if share is not None], axis=0)
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[bool]:
@@ -294,10 +293,9 @@ class Presence:
         """The shares of the category's pixels near each colour; None where there is no such subject."""
         found: list[np.ndarray | None] = []
         for picture, categories in zip(pictures, detector.categories(pictures), strict=True):
-            pixels = world.lab(np.asarray(picture)[np.asarray(categories) == self.category])
-            enough = len(pixels) >= 0.02 * picture.width * picture.height
-            near = [np.linalg.norm(pixels - colour, axis=-1) < NEAR for colour in self.colours]
-            found.append(np.array([n.mean() for n in near]) if enough else None)
+            pixels = np.asarray(picture)[categories == self.category]
+            enough = len(pixels) >= 0.02 * categories.size
+            found.append(detector.near(pixels, self.colours).mean(0) if enough else None)
         return found
 
 
