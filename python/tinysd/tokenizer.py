@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -41,32 +42,27 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def write(folder: str | Path) -> None:
-    """Write vocab.json, merges.txt and the configuration into ``folder``."""
+    """Write vocab.json, merges.txt and the configuration into ``folder``, each file whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     merges = _merges([*world.words(), *world.RARE_WORDS])
     symbols = _byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges), START, END]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    (folder / "special_tokens_map.json").write_text(
-        json.dumps({"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}, indent=2)
-    )
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "CLIPTokenizer",
-                "model_max_length": MAX_LENGTH,
-                "bos_token": START,
-                "eos_token": END,
-                "unk_token": END,
-                "pad_token": END,
-                "do_lower_case": True,
-                "errors": "replace",
-            },
-            indent=2,
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    options = {"model_max_length": MAX_LENGTH, "do_lower_case": True, "errors": "replace"}
+    files = {
+        "vocab.json": json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": "CLIPTokenizer", **options, **special}, indent=2
         )
-    )
+        + "\n",
+    }
+    for name, text in files.items():  # ranks and stages may write at the same time
+        temporary = folder / f".{name}.{os.getpid()}"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
 
 
 def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:

@@ -174,7 +174,7 @@ def train(finish_at: str, batch: int = 48, rate: float = 1e-3) -> None:
     store = Latents(ids)
     store.refresh()
     alphas = scheduler().alphas_cumprod
-    schedule = common.Schedule(rate, finish_at, warmup=150, decay=0.35)
+    schedule = common.Schedule(rate, finish_at, warmup=150, decay=0.75)
     torch.manual_seed(4 + ranks * step + rank)
     share = batch // ranks
     empty = tokenizer.encode(ids, [""])

@@ -148,7 +148,8 @@ def train(finish_at: str, chunks: int, batch: int = 24, rate: float = 2e-3) -> N
             group["lr"] = schedule(step)
         with torch.no_grad():
             latents = vae.encode(target).latent_dist.mode()
-            latents += 0.03 * torch.randn_like(latents)  # samples of the denoiser are never exact
+            strength = 0.15 * torch.rand(count, 1, 1, 1)  # samples of the denoiser are never exact
+            latents += strength * torch.randn_like(latents)
         out = vae.decode(latents).sample
         edges = sum((out.diff(dim=d) - target.diff(dim=d)).abs().mean() for d in (2, 3))
         mse = F.mse_loss(out, target)
