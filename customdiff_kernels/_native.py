@@ -6,6 +6,8 @@ would make a kernel touch foreign memory are refused by ``_C``.
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,29 @@ _DTYPES: dict[torch.dtype, Any] = (
 )
 
 
+def _host_openmp() -> str | None:
+    """Path of the OpenMP library that this process has loaded with torch, or None."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    loaded = dict.fromkeys(line.split()[-1] for line in maps.read_text().splitlines() if "/" in line)
+    found = [path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    return min(found, key=lambda path: "torch" not in path, default=None)  # torch's own before another's
+
+
+def _share_threads() -> str:
+    """Let the kernels run on torch's OpenMP threads; returns the library's name, or what is used instead."""
+    path = _host_openmp()
+    entry = getattr(ctypes.CDLL(path), "GOMP_parallel", None) if path else None
+    if path is None or entry is None:
+        return "own pool"
+    _C.use_host_threads(ctypes.cast(entry, ctypes.c_void_p).value)
+    return Path(path).name
+
+
+_threads = "" if _C is None else _share_threads()
+
+
 def available() -> bool:
     """Whether the compiled module is there and loads."""
     return _C is not None
@@ -40,12 +65,13 @@ def build_info() -> dict[str, Any]:
     """What was built and what this machine runs.
 
     ``cpu``: False, or a dictionary with ``compiler``, ``isas`` (instruction sets that this build and machine
-    offer, best first) and ``isa`` (the one in use; ``CK_CPU_ISA`` forces one). ``cuda``: False, not built.
+    offer, best first), ``isa`` (the one in use; ``CK_CPU_ISA`` forces one) and ``threads`` (the OpenMP
+    library whose threads are shared with torch, or "own pool"). ``cuda``: False, not built.
     """
     if _C is None:
         return {"cpu": False, "cuda": False}
     info = _C.build_info()
-    cpu = {"compiler": info["compiler"], "isas": info["cpu_isas"], "isa": _C.cpu_isa()}
+    cpu = {"compiler": info["compiler"], "isas": info["cpu_isas"], "isa": _C.cpu_isa(), "threads": _threads}
     return {"cpu": cpu, "cuda": False}
 
 

@@ -304,6 +304,24 @@ def test_a_forked_child_computes(threads):
         child.join()
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["torch's threads", "own pool"])
+def test_threads_of_either_kind_give_the_same_bits(threads, shared):
+    _native._share_threads() if shared else _native._C.use_host_threads(0)
+    try:
+        case = Case((2, 3, 300, 8, 7), torch.float32, "table")
+        threads(1)
+        wanted = case.native()
+        threads(2)
+        assert all(x is None or torch.equal(x, y) for x, y in zip(case.native(), wanted, strict=True))
+    finally:
+        _native._share_threads()
+
+
+def test_the_kernels_run_on_the_threads_that_torch_has():
+    if "libgomp" in torch.__config__.parallel_info() or "OpenMP" in torch.__config__.parallel_info():
+        assert _native.build_info()["cpu"]["threads"].startswith(("libgomp", "libiomp", "libomp"))
+
+
 def test_calls_from_several_threads(threads):
     from concurrent.futures import ThreadPoolExecutor
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/thread_pool.h"
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
 
@@ -83,6 +84,10 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("build_info", &build_info, "Compiler and the instruction sets that this build and machine offer.");
   m.def("cpu_isa", [] { return ck::kernels().name; }, "The instruction set in use.");
+  m.def(
+      "use_host_threads",
+      [](uintptr_t address) { ck::use_host_threads(reinterpret_cast<ck::HostParallel>(address)); },
+      "Run on the team of the OpenMP library whose GOMP_parallel lies at this address; 0: on the own pool.");
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
   m.def(

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <exception>
@@ -110,10 +111,18 @@ class Pool {
 // The pool is never destroyed: its workers sleep until the process ends. After a fork the child has none of
 // the workers and perhaps a locked mutex, so it leaves that pool alone and makes its own.
 std::atomic<Pool*> g_pool{nullptr};
+std::atomic<HostParallel> g_host{nullptr};
+
+void forget_threads_after_fork() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    g_pool.store(nullptr);
+    g_host.store(nullptr);
+  });
+  (void)registered;
+}
 
 Pool& pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { g_pool.store(nullptr); });
-  (void)registered;
+  forget_threads_after_fork();
   Pool* current = g_pool.load();
   if (current == nullptr) {
     Pool* fresh = new Pool;
@@ -152,9 +161,21 @@ class Buffer {
 void parallel_for(int threads, int64_t count, const std::function<void(int64_t)>& task) {
   if (count <= 0) return;
   Job job{task, count};
-  if (count < threads) threads = static_cast<int>(count);
-  if (threads <= 1 || !pool().run(threads, job)) job.run();
+  const HostParallel host = g_host.load();
+  if (threads <= 1 || count == 1) {
+    job.run();
+  } else if (host != nullptr) {
+    // Always the same number of threads: a team of another size would have to be made anew.
+    host([](void* shared) { static_cast<Job*>(shared)->run(); }, &job, static_cast<unsigned>(threads), 0);
+  } else if (!pool().run(static_cast<int>(std::min<int64_t>(threads, count)), job)) {
+    job.run();
+  }
   if (job.error) std::rethrow_exception(job.error);
+}
+
+void use_host_threads(HostParallel run) {
+  forget_threads_after_fork();
+  g_host.store(run);
 }
 
 void* thread_scratch(Scratch purpose, size_t bytes) {
