@@ -33,7 +33,9 @@ def merge(
         concepts: two or more of one base, with modifier tokens of their own (`renamed` gives them such).
         pipeline: that base.
         captions: about 1000 ordinary ones, on whose text the weights are to change least.
-        prompts: the target captions of each concept (default: those it was trained with).
+        prompts: the target captions of each concept (default: the first that it was trained with). Every
+            token of every one must hold exactly: as many as the text is wide leave nothing free, and
+            ordinary captions suffer.
         ridge: as for ``ck.MergeSolver``; the default is below what the captions determine, above rounding.
 
     Returns:
@@ -55,7 +57,7 @@ def merge(
     stack = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
     for concept in concepts:
         concept.check_base(stack)
-    prompts = [training_prompts(concept) for concept in concepts] if prompts is None else prompts
+    prompts = [training_prompts(concept)[:1] for concept in concepts] if prompts is None else prompts
     if len(prompts) != len(concepts):
         raise ValueError(
             f"prompts must be a list for each of the {len(concepts)} concepts, got {len(prompts)}"
