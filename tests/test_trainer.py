@@ -135,7 +135,9 @@ def test_a_finished_run_is_not_overwritten(config):
 def test_a_step_is_the_equation(config):
     """Against plain modules: the token trained in the table, the K/V of the start token detached."""
     pipeline, reference = load(config.base), load(config.base)
-    config = dataclasses.replace(config, prompts=("photo of a <new1> dog",), prior_weight=0.5, shift=0.0)
+    config = dataclasses.replace(
+        config, prompts=("photo of a <new1> dog",), prior_weight=0.5, shift=0.0, caption_dropout=0.0
+    )
     with ck.patched(pipeline.unet):
         training = trainer.Training(config, pipeline, trainer.Pictures.read(config))
         start = training.generator.get_state()
@@ -148,6 +150,7 @@ def test_a_step_is_the_equation(config):
     torch.randint(1, (2,), generator=generator)  # which prompt
     prior = torch.randint(4, (2,), generator=generator)
     latents = torch.cat([latents, training.prior_latents.draw(prior, generator)])
+    torch.rand(2, generator=generator)  # which captions to drop: none
     latents = latents * reference.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=generator)
     t = torch.randint(1000, (4,), generator=generator)

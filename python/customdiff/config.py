@@ -38,6 +38,9 @@ class TrainConfig:
         help="folder of real pictures of the category, captioned (.txt beside each, or captions.csv/.jsonl)",
     )
     prior_weight: float = option(1.0, help="weight of the loss on the regularization pictures")
+    caption_dropout: float = option(
+        0.1, help="share of regularization captions left empty, so that guidance keeps its unconditional side"
+    )
     steps: int = option(250, help="optimizer steps")
     batch_size: int = option(4, help="concept pictures a step, and as many regularization pictures")
     learning_rate: float | None = option(
@@ -78,8 +81,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"cooldown must be a share of the steps, 0 to 1, got {self.cooldown}")
+        for name in ("cooldown", "caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share, 0 to 1, got {getattr(self, name)}")
         if self.shift > 0.5:
             raise ValueError(f"shift must be at most 0.5 of the picture's side, got {self.shift}")
 

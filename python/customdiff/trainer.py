@@ -152,7 +152,8 @@ class Training:
         self.prior_latents = self.prior_context = None
         if pictures.regularization:
             self.prior_latents = data.encode(pipeline.vae, self._pixels(pictures.regularization))
-            self.prior_context = self._contexts(pictures.captions)
+            *captions, self.empty_context = self._contexts([*pictures.captions, ""])
+            self.prior_context = torch.stack(captions)
 
     @property
     def images_per_step(self) -> int:
@@ -166,7 +167,10 @@ class Training:
         if self.prior_latents is not None and self.prior_context is not None:
             chosen = self._choose(len(self.prior_latents.mean), count)
             latents = torch.cat([latents, self.prior_latents.draw(chosen, self.generator)])
-            context = torch.cat([context, self.prior_context[chosen.to(self.device)]])
+            captions = self.prior_context[chosen.to(self.device)]
+            empty = torch.rand(count, generator=self.generator) < self.config.caption_dropout
+            captions[empty.to(self.device)] = self.empty_context
+            context = torch.cat([context, captions])
         losses = self._losses(latents * self.pipeline.vae.config.scaling_factor, context)
         loss = losses[:count].mean()
         if len(losses) > count:
