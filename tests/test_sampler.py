@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import tiny_pipeline  # noqa: E402
 
 from customdiff import sampler  # noqa: E402
-from customdiff.concept import Concept, base_metadata, encode, encode_prompts, match, tokenize  # noqa: E402
+from customdiff.concept import Concept, encode, encode_prompts, match, tokenize  # noqa: E402
 from customdiff.sampler import project, sample  # noqa: E402
 
 FAST = {"steps": 3, "output": "latents", "progress": False}
@@ -30,20 +30,6 @@ def pipe(folder):
     loaded = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     loaded.set_progress_bar_config(disable=True)
     return loaded
-
-
-def make_concept(pipe, seed, *words, low_rank=False):
-    stack, g = ck.KVStack.from_unet(pipe.unet), torch.Generator().manual_seed(seed)
-
-    def matrix(*shape):
-        return torch.randn(shape, generator=g)
-
-    if low_rank:
-        factors = {n: (matrix(w.shape[0], 2), 0.1 * matrix(2, w.shape[1])) for n, w in stack.items()}
-        delta = ck.LowRankDelta(stack.segments, factors)
-    else:
-        delta = {name: 0.1 * matrix(*w.shape) for name, w in stack.items()}
-    return Concept(delta, {word: matrix(32) for word in words or ["<new1>"]}, base_metadata(stack))
 
 
 def assert_close(got, want, rtol=1e-4):
@@ -127,7 +113,7 @@ def test_rows_survive_an_encoder_in_bfloat16(pipe):
 
 
 def test_prompt_errors(pipe):
-    concept = make_concept(pipe, 0)
+    concept = tiny_pipeline.concept(pipe, 0)
     with pytest.raises(ValueError, match="prompt 'a dog' has no modifier token of its concept .<new1>."):
         sample(pipe, "a dog", concept, **FAST)
     with pytest.raises(ValueError, match="names the modifier token <new2>, and its concept has <new1>"):
@@ -147,7 +133,7 @@ def test_prompt_errors(pipe):
 
 
 def test_argument_errors(pipe):
-    concept = make_concept(pipe, 0)
+    concept = tiny_pipeline.concept(pipe, 0)
     for options, message in [
         ({"concepts": [concept, concept]}, "concepts has 2 entries for 1 prompts"),
         ({"seeds": [1, 2]}, "seeds has 2 entries for 1 prompts"),
@@ -167,7 +153,7 @@ def test_argument_errors(pipe):
 
 
 def test_a_concept_of_another_base_is_refused(pipe):
-    concept = make_concept(pipe, 0)
+    concept = tiny_pipeline.concept(pipe, 0)
     attn = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
     attn.to_k.weight.data += 1
     before = ck.KVStack.from_unet(pipe.unet).weight
@@ -179,7 +165,7 @@ def test_a_concept_of_another_base_is_refused(pipe):
 
 
 def test_load_into_says_what_it_did(pipe):
-    concept = make_concept(pipe, 0)
+    concept = tiny_pipeline.concept(pipe, 0)
     names = [segment.name for segment in ck.KVStack.from_unet(pipe.unet).segments]
     with pytest.raises(ValueError, match="nothing to load"):
         Concept({}).load_into(pipe)
@@ -212,9 +198,9 @@ def test_match_finds_the_concept_that_a_prompt_names():
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_batch_of_four_concepts_is_four_separate_runs(pipe, eta):
     concepts = [
-        make_concept(pipe, 0, "<new1>"),
-        make_concept(pipe, 1, "<new1>", low_rank=True),
-        make_concept(pipe, 2, "<cat>", "<dog>", low_rank=True),
+        tiny_pipeline.concept(pipe, 0, "<new1>"),
+        tiny_pipeline.concept(pipe, 1, "<new1>", low_rank=True),
+        tiny_pipeline.concept(pipe, 2, "<cat>", "<dog>", low_rank=True),
         None,
     ]
     prompts = ["a <new1> dog", "photo of a <new1> cat", "a <cat> and a <dog>", "a red car"]
@@ -235,7 +221,7 @@ def test_a_batch_of_four_concepts_is_four_separate_runs(pipe, eta):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_same_latents_as_diffusers_with_the_concept_loaded(pipe, prediction, low_rank):
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
-    concept, merged = make_concept(pipe, 0, low_rank=low_rank), copy.deepcopy(pipe)
+    concept, merged = tiny_pipeline.concept(pipe, 0, low_rank=low_rank), copy.deepcopy(pipe)
     concept.load_into(merged)
     prompts, options = ["a <new1> dog", "photo of a <new1> cat"], {"guidance_scale": 4.0}
     want = diffusers_latents(merged, prompts, [3, 4], negative_prompt=["blue"] * 2, **options)
@@ -278,7 +264,7 @@ def test_outputs_and_size(pipe):
 def test_the_pipeline_is_left_as_it_was(pipe):
     processors, config = pipe.unet.attn_processors, dict(pipe.scheduler.config)
     state = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
-    concept = make_concept(pipe, 0)
+    concept = tiny_pipeline.concept(pipe, 0)
     sample(pipe, "a <new1> dog", concept, **FAST)
     with mock.patch.object(sampler, "denoise", side_effect=RuntimeError("stopped")):
         with pytest.raises(RuntimeError, match="stopped"):
@@ -292,7 +278,7 @@ def test_the_pipeline_is_left_as_it_was(pipe):
 
 
 def test_bfloat16(pipe):
-    concept = make_concept(pipe, 0, low_rank=True)
+    concept = tiny_pipeline.concept(pipe, 0, low_rank=True)
     want = sample(pipe, "a <new1> dog", concept, **FAST)
     pipe.to(torch.bfloat16)
     got = sample(pipe, "a <new1> dog", concept, **FAST)
@@ -308,7 +294,7 @@ def test_bfloat16(pipe):
 
 def test_projection_is_that_of_the_changed_weights(pipe):
     stack, context = ck.KVStack.from_unet(pipe.unet), torch.randn(4, 16, 32)
-    full, low = make_concept(pipe, 0), make_concept(pipe, 1, low_rank=True)
+    full, low = tiny_pipeline.concept(pipe, 0), tiny_pipeline.concept(pipe, 1, low_rank=True)
     part = Concept(dict(list(full.delta.items())[:1]))
     got = project(stack, context, [full, low, None, part])
     for i, concept in enumerate([full, low, None, part]):
@@ -318,7 +304,7 @@ def test_projection_is_that_of_the_changed_weights(pipe):
 
 def test_a_concept_file_round_trip(pipe, tmp_path):
     for low_rank in (False, True):
-        concept = make_concept(pipe, 0, "<new1>", "sks", low_rank=low_rank)
+        concept = tiny_pipeline.concept(pipe, 0, "<new1>", "sks", low_rank=low_rank)
         concept.metadata["prompt"] = "photo of a <new1> sks dog"
         path = tmp_path / f"{low_rank}.safetensors"
         concept.save(path)

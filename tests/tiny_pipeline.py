@@ -7,6 +7,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import customdiff_kernels as ck
+from customdiff.concept import Concept, base_metadata
+
 WORDS = "photo of a red blue dog cat car cup on the grass beach and with hat two ktn pll ucd sks".split()
 LENGTH = 16
 
@@ -80,3 +83,18 @@ def build(folder: Path, prediction_type: str = "epsilon") -> Path:
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def concept(pipe, seed: int, *words: str, low_rank: bool = False) -> Concept:
+    """Random changes of a tenth, and random rows for the modifier tokens `words` (default: <new1>)."""
+    stack, g = ck.KVStack.from_unet(pipe.unet), torch.Generator().manual_seed(seed)
+
+    def matrix(*shape):
+        return torch.randn(shape, generator=g)
+
+    if low_rank:
+        factors = {n: (matrix(w.shape[0], 2), 0.1 * matrix(2, w.shape[1])) for n, w in stack.items()}
+        delta = ck.LowRankDelta(stack.segments, factors)
+    else:
+        delta = {name: 0.1 * matrix(*w.shape) for name, w in stack.items()}
+    return Concept(delta, {word: matrix(32) for word in words or ["<new1>"]}, base_metadata(stack))

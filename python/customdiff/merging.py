@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def merge(
         captions: about 1000 ordinary ones, on whose text the weights are to change least.
         prompts: the target captions of each concept (default: the first that it was trained with). Every
             token of every one must hold exactly: as many as the text is wide leave nothing free, and
-            ordinary captions suffer.
+            ordinary captions suffer, of which a UserWarning then tells.
         ridge: as for ``ck.MergeSolver``; the default is below what the captions determine, above rounding.
 
     Returns:
@@ -76,7 +77,9 @@ def merge(
         "prompts": [prompt for texts in prompts for prompt in texts],
     }
     delta = solver.merge(stack, pairs)
-    return Concept(delta, rows, metadata), solver.report(stack, pairs, delta)
+    report = solver.report(stack, pairs, delta)
+    _warn_of_drift(report, sum(len(features) for _, features in pairs.values()), stack.weight.shape[1])
+    return Concept(delta, rows, metadata), report
 
 
 def renamed(concepts: Sequence[Concept]) -> tuple[list[Concept], list[tuple[int, str, str]]]:
@@ -131,6 +134,18 @@ def regularization_features(pipeline: Any, captions: Sequence[str]) -> Tensor:
         tokens = tokenize(pipeline.tokenizer, chunk, [()] * len(chunk))
         features.append(encode(pipeline.text_encoder, tokens, [{}] * len(chunk))[:, 1:].flatten(0, 1))
     return torch.cat(features).float()
+
+
+def _warn_of_drift(report: ck.MergeReport, targets: int, width: int) -> None:
+    """A merge that moves ordinary captions further than the concepts' changes, added up, is no gain."""
+    added = sum(report.concept_drift.values())
+    if report.drift > added:
+        warnings.warn(
+            f"the merge moves the keys and values of ordinary captions by {report.drift:.0%}, adding up the "
+            f"concepts' changes by at most {added:.0%}: {targets} target tokens leave too little free of a "
+            f"text {width} wide; give fewer or shorter prompts, or merge fewer concepts",
+            stacklevel=3,
+        )
 
 
 def _rename(concept: Concept, names: dict[str, str]) -> Concept:
