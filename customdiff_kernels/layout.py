@@ -17,8 +17,8 @@ class LayoutBias:
 
     Args:
         labels: (B or 1, N) integers in 0 … regions−1, one a pixel, rows first; kept as int32.
-        table: (B or 1, regions, S) floating: what each text token's score receives in each region. May need
-            a gradient.
+        table: (B or 1, regions, S) floating: what each text token's score receives in each region; −inf hides
+            the token there at every scale, 0 included. May need a gradient.
         scale: number or 0-dim tensor, Cones 2's η(t), e.g. ``weight * math.log1p(sigma**2) *
             ck.score_std(q, k)``. The bias is added after the attention's own scale; the published code adds
             it before D^(−1/2), so multiply by that here to reproduce it. May need a gradient.
@@ -75,7 +75,8 @@ class LayoutBias:
         """``scale · table`` in ``dtype``: what the operators take."""
         table = self.table.to(dtype)
         if isinstance(self.scale, Tensor) or self.scale != 1.0:
-            table = table * self.scale
+            hidden = table == -torch.inf  # −inf · 0 would be NaN, in the bias and in the scale's gradient
+            table = (table.masked_fill(hidden, 0) * self.scale).masked_fill(hidden, -torch.inf)
         return table.to(dtype).contiguous()
 
     def __repr__(self) -> str:

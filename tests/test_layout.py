@@ -173,6 +173,21 @@ def test_scale_is_a_number_or_a_tensor_and_can_be_replaced():
     assert repr(layout) == "LayoutBias(batch=1, N=4, regions=1, S=3)"
 
 
+def test_hidden_tokens_stay_hidden_at_every_scale():
+    """Schedules of layout guidance end at 0, where a plain product would be NaN."""
+    table = torch.tensor([[[0.5, -torch.inf, 2.0], [-torch.inf, 1.0, 0.0]]])
+    labels = torch.tensor([[0, 1]])
+    for scale in (0.0, 2.0, torch.tensor(0.0)):
+        dense = ck.LayoutBias(labels, table, scale).dense()[0, 0]
+        expected = torch.where(table[0].isinf(), table[0], table[0].nan_to_num() * float(scale))
+        torch.testing.assert_close(dense, expected)
+    scale = torch.tensor(0.0, requires_grad=True)
+    table.requires_grad_()
+    query, key, value = torch.randn(3, 1, 1, 3, 8).unbind()
+    ck.cross_attention(query[:, :, :2], key, value, bias=ck.LayoutBias(labels, table, scale)).sum().backward()
+    assert scale.grad.isfinite() and table.grad.isfinite().all()
+
+
 def test_stack_gives_each_row_its_own_layout():
     one = boxes({"dog": (0, 0, 0.5, 1)}, scale=2.0)
     two = boxes({"dog": (0, 0, 0.75, 1), "cat": (0.25, 0, 1, 1)})
