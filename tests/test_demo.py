@@ -18,16 +18,6 @@ def true_pictures(name, count, seed):
     return [picture for picture, _ in world.concept_pictures(name, count, seed)]
 
 
-@pytest.mark.parametrize("word", demo.CONCEPTS)
-def test_presence_knows_the_concept_from_others_of_its_category(word):
-    name = demo.CONCEPTS[word]
-    subject = world.concepts()[name].subject
-    shows = demo.Presence(subject, true_pictures(name, 8, seed=1))
-    assert sum(shows(true_pictures(name, 12, seed=2))) >= 11
-    others = [c.name for c in world.concepts().values() if c.name != name]
-    assert sum(sum(shows(true_pictures(other, 3, seed=0))) for other in others) <= 1
-
-
 def test_clip_tells_concepts_and_captions_apart():
     clip = Clip(tinysd.clip_path())
     dogs, cats = true_pictures("navy_dog", 4, seed=0), true_pictures("mint_cat", 4, seed=0)
@@ -95,6 +85,5 @@ def test_quick_run_end_to_end(tmp_path):
     full, small = rows[1]["bytes"], rows[2]["bytes"]
     assert small <= 0.21 * full, "compressed to 20% of the bytes"
     true = rows[-1]
-    assert min(true["seen"]) >= 0.75 and all(
-        t > b for t, b in zip(true["image"], rows[0]["image"], strict=True)
-    )
+    assert min(true["seen"]) == true["both"] == 1
+    assert all(t > b for t, b in zip(true["image"], rows[0]["image"], strict=True))

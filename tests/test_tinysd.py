@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import tinysd  # noqa: E402
 from tinysd import detector, vae, world  # noqa: E402
+from tinysd.presence import Presence  # noqa: E402
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -228,3 +231,37 @@ def test_sizes():
     )
     assert size + detector.WEIGHTS.stat().st_size <= 40e6
     assert not list(root.rglob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    "pair", [("teal_dog", "lilac_cat"), ("lime_car", "maroon_cup"), ("navy_dog", "mint_cat")]
+)
+def test_presence_knows_a_concept_alone_and_in_a_pair_from_others_of_its_category(pipe, pair):
+    """Also through the autoencoder, which is what samples come out of."""
+
+    def decoded(pictures: list[Image.Image]) -> list[Image.Image]:
+        with torch.no_grad():
+            latents = pipe.vae.encode(vae.to_model(np.stack(pictures))).latent_dist.mode()
+            return pipe.image_processor.postprocess(pipe.vae.decode(latents).sample)
+
+    subjects = tuple(world.concepts()[name].subject for name in pair)
+    pairs = [picture for picture, _ in world.pictures(subjects, 5, np.random.default_rng(1))]
+    rng = np.random.default_rng(2)
+    for name, subject in zip(pair, subjects, strict=True):
+        true, held = ([p for p, _ in world.concept_pictures(name, 6, seed)] for seed in (0, 1))
+        shows = Presence(subject, true)
+        for pictures in (held, pairs, decoded(pairs)):
+            assert shows(pictures).all()
+        others = [
+            world.pictures((world.random_subject(rng, subject.category),), 1, rng)[0][0] for _ in range(100)
+        ]
+        assert shows(others).mean() <= 0.06
+        category = next(c for c in world.CATEGORIES if c not in {s.category for s in subjects})
+        absent = world.pictures((dataclasses.replace(subject, category=category),), 3, rng)
+        assert not shows([picture for picture, _ in absent]).any(), "in its colours, and another thing"
+
+
+def test_presence_needs_pictures_of_the_subject():
+    dogs = [picture for picture, _ in world.concept_pictures("teal_dog", 2)]
+    with pytest.raises(ValueError, match="true_pictures: the detector finds no cat in any of them"):
+        Presence(world.concepts()["lilac_cat"].subject, dogs)

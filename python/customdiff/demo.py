@@ -20,7 +20,8 @@ from PIL import Image
 
 import customdiff_kernels as ck
 import tinysd
-from tinysd import detector, world
+from tinysd import world
+from tinysd.presence import Presence
 
 from .base import embedded_captions, load_base, silence
 from .concept import Concept
@@ -37,11 +38,11 @@ INITIALIZERS = {"<new1>": "ktn", "<new2>": "pll"}
 PLACES = ("on the grass", "on the beach", "in the snow", "in the room")
 GUIDANCE_SCALE = 3.0
 SHARE_OF_BYTES = 0.2
-COVERAGE = 0.4  # of a concept's true share of a colour, for the concept to be there
 LEGEND = """
 image, text: CLIP alignment with the concept's pictures, with the prompt. gap: share of the way from the
-base's samples to true pictures that were not trained on. seen: share of samples in which the detector finds
-the concept; both: both concepts in one picture. seconds: training of both; merging. bytes: of the files.
+base's samples to true pictures that were not trained on. seen: share of samples in which a detector finds the
+concept's category in colours nearer to the concept's than those of 98% of such subjects; both: in one picture
+with the other concept. seconds: training of both; merging. bytes: of the files.
 """
 
 
@@ -235,7 +236,10 @@ class Demo:
             w: world.concept_pictures(n, self.effort.held_out, self.seed + 1) for w, n in CONCEPTS.items()
         }
         pictures = {word: [picture for picture, _ in pairs] for word, pairs in made.items()}
-        return Stage("true pictures", pictures, {w: [c for _, c in pairs] for w, pairs in made.items()})
+        prompts = {word: [caption for _, caption in pairs] for word, pairs in made.items()}
+        rng = np.random.default_rng(self.seed + 1)
+        pairs = world.pictures(tuple(self.subjects.values()), self.effort.held_out, rng)
+        return Stage("true pictures", pictures, prompts, [picture for picture, _ in pairs])
 
     # figures
 
@@ -275,28 +279,6 @@ class Demo:
                 )
         rows.append(("merged: both in one picture", stages[-2].pairs[:8]))
         contact_sheet(rows, side=96).save(self.out / "contact_sheet.png")
-
-
-class Presence:
-    """Whether a picture shows a subject: its category by the detector, in enough of both of its colours."""
-
-    def __init__(self, subject: world.Subject, true_pictures: Sequence[Image.Image]):
-        self.category = 1 + world.CATEGORIES.index(subject.category)
-        self.colours = (subject.primary, subject.secondary)
-        self.true = np.median([share for share in self._shares(true_pictures) if share is not None], axis=0)
-
-    def __call__(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        shares = self._shares(pictures)
-        return [share is not None and bool(np.all(share >= COVERAGE * self.true)) for share in shares]
-
-    def _shares(self, pictures: Sequence[Image.Image]) -> list[np.ndarray | None]:
-        """The shares of the category's pixels near each colour; None where there is no such subject."""
-        found: list[np.ndarray | None] = []
-        for picture, categories in zip(pictures, detector.categories(pictures), strict=True):
-            pixels = np.asarray(picture)[categories == self.category]
-            enough = len(pixels) >= 0.02 * categories.size
-            found.append(detector.near(pixels, self.colours).mean(0) if enough else None)
-        return found
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -296,14 +296,24 @@ def concept_pictures(name: str, n: int, seed: int = 0) -> list[tuple[Image.Image
     if concept is None:
         raise ValueError(f"name must be one of {', '.join(concepts())}; got {name!r}")
     rng = np.random.default_rng((seed, *name.encode()))
+    category = concept.subject.category
+    return [
+        (picture, f"photo of a {category} {PLACES[background]}")
+        for picture, background in pictures((concept.subject,), n, rng)
+    ]
+
+
+def pictures(
+    subjects: tuple[Subject, ...], n: int, rng: np.random.Generator
+) -> list[tuple[Image.Image, str]]:
+    """``n`` pictures of the subjects from left to right, and their backgrounds, all of them in turn."""
     order = rng.permutation(len(BACKGROUNDS))
-    pictures = []
+    made = []
     for k in range(n):
         background = BACKGROUNDS[order[k % len(BACKGROUNDS)]]
-        scene = Scene(background, place(rng, (concept.subject,)), float(rng.uniform(-1, 1)))
-        image = Image.fromarray(render(scene)[0])
-        pictures.append((image, f"photo of a {concept.subject.category} {PLACES[background]}"))
-    return pictures
+        scene = Scene(background, place(rng, subjects), float(rng.uniform(-1, 1)))
+        made.append((Image.fromarray(render(scene)[0]), background))
+    return made
 
 
 def sample(rng: np.random.Generator) -> tuple[Scene, str]:
