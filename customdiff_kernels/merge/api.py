@@ -62,7 +62,9 @@ class MergeSolver:
             raise ValueError("reg_features is not differentiated: give reg_features.detach()")
         if ridge != "auto" and not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
             raise ValueError(f"ridge must be a number of at least 0 or 'auto', got {ridge!r}")
-        self.factor, self.ridge = gram.factorize(gram.gram(reg_features), len(reg_features), ridge)
+        matrix = gram.gram(reg_features)
+        _finite("reg_features", matrix.diagonal())  # as they are: a pass over E numbers and not over T·E
+        self.factor, self.ridge = gram.factorize(matrix, len(reg_features), ridge)
 
     def merge(
         self,
@@ -194,6 +196,7 @@ class MergeSolver:
             weights.append(_weights(f"{name} weights", concept[0], stack))
             argument = f"{name} target_features"
             _features(argument, concept[1])
+            _finite(argument, concept[1])
             _checks.shape(argument, concept[1], (len(concept[1]), width), "(s,E) to go with reg_features")
             _checks.same_device(argument, concept[1], "base", stack.weight)
             features.append(concept[1].to(_checks.sum_dtype(stack.weight.dtype)))
@@ -206,7 +209,10 @@ def _features(argument: str, features: Tensor) -> None:
     _checks.rank(argument, features, "rows,E")
     if 0 in features.shape:
         raise ValueError(f"{argument} must have at least one row, got shape {tuple(features.shape)}")
-    if not bool(torch.isfinite(features).all()):
+
+
+def _finite(argument: str, values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{argument} is not finite")
 
 
