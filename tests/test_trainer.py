@@ -192,14 +192,33 @@ def test_min_snr_weights():
     torch.testing.assert_close(training._snr_weight(t, v=True), snr.clamp(max=5) / (snr + 1))
 
 
-def test_the_rate_cools_down(config):
+def test_the_rates_cool_down(config):
     constant = dataclasses.replace(config, steps=10)
-    assert [constant.rate(step) for step in range(10)] == [1e-2] * 10
-    cooled = dataclasses.replace(config, steps=10, cooldown=0.4)
+    assert [constant.rates(step) for step in range(10)] == [(1e-2, 1e-2)] * 10
+    cooled = dataclasses.replace(config, steps=10, cooldown=0.4, embedding_learning_rate=1e-1)
     expected = [1e-2] * 7 + [0.75e-2, 0.5e-2, 0.25e-2]
-    assert [cooled.rate(step) for step in range(10)] == pytest.approx(expected)
-    embedded = dataclasses.replace(config, learning_rate=None, base=None)
-    assert embedded.rate(0) > dataclasses.replace(config, learning_rate=None).rate(0) == 8e-5
+    weight, row = zip(*(cooled.rates(step) for step in range(10)), strict=True)
+    assert weight == pytest.approx(expected)
+    assert row == pytest.approx([10 * rate for rate in expected])
+
+
+def test_the_embedded_base_learns_faster_than_the_papers(config):
+    papers = dataclasses.replace(config, learning_rate=None).rates(0)
+    assert papers == (8e-5, 8e-5)
+    embedded = dataclasses.replace(config, learning_rate=None, base=None).rates(0)
+    assert all(ours > theirs for ours, theirs in zip(embedded, papers, strict=True))
+
+
+def test_each_parameter_moves_at_its_own_rate(config):
+    """Adam's first step is the rate itself, wherever there is a gradient."""
+    pipeline = load(config.base)
+    rates = {"learning_rate": 1e-4, "embedding_learning_rate": 1e-2, "weight_decay": 0.0}
+    learned = trainer.train(dataclasses.replace(config, steps=1, **rates), pipeline, progress=False).concept
+    token = pipeline.tokenizer.convert_tokens_to_ids("ktn</w>")
+    row = learned.modifier_tokens["<new1>"] - pipeline.text_encoder.get_input_embeddings().weight[token]
+    assert float(row.abs().max()) == pytest.approx(1e-2, rel=1e-2)
+    furthest = max(float(change.abs().max()) for change in learned.delta.values())
+    assert furthest == pytest.approx(1e-4, rel=1e-2)
 
 
 def test_v_prediction_trains(config, tmp_path):

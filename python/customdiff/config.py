@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 PAPER_LEARNING_RATE = 8e-5  # Custom Diffusion, section 3.2: 1e-5 times a batch of 8
-EMBEDDED_LEARNING_RATE = 1e-3  # the embedded base is small: its matrices have to move further
+# The embedded base is small: its matrices have to move further, and a row of 128 numbers further still.
+EMBEDDED_LEARNING_RATE, EMBEDDED_EMBEDDING_RATE = 5e-4, 1e-2
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
@@ -45,8 +46,13 @@ class TrainConfig:
     batch_size: int = option(4, help="concept pictures a step, and as many regularization pictures")
     learning_rate: float | None = option(
         None,
-        help=f"of AdamW (default: {EMBEDDED_LEARNING_RATE:g} for the embedded base, the paper's "
+        help=f"of AdamW on K/V (default: {EMBEDDED_LEARNING_RATE:g} for the embedded base, the paper's "
         f"{PAPER_LEARNING_RATE:g} for any other)",
+    )
+    embedding_learning_rate: float | None = option(
+        None,
+        help=f"of AdamW on V* (default: {EMBEDDED_EMBEDDING_RATE:g} for the embedded base, as for K/V, which "
+        "is the paper's way, for any other)",
     )
     cooldown: float = option(0.0, help="share of the steps, the last ones, in which the rate falls to zero")
     weight_decay: float = option(1e-2, help="of AdamW, on K/V and on V*; no other embedding is a parameter")
@@ -77,7 +83,7 @@ class TrainConfig:
             _at_least(name, getattr(self, name), low)
         for name in ("prior_weight", "weight_decay", "shift"):
             _at_least(name, getattr(self, name), 0.0)
-        for name in ("learning_rate", "min_snr_gamma", "resolution"):
+        for name in ("learning_rate", "embedding_learning_rate", "min_snr_gamma", "resolution"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -87,13 +93,16 @@ class TrainConfig:
         if self.shift > 0.5:
             raise ValueError(f"shift must be at most 0.5 of the picture's side, got {self.shift}")
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: constant, then linear to zero."""
-        full = self.learning_rate
-        if full is None:
-            full = EMBEDDED_LEARNING_RATE if self.base is None else PAPER_LEARNING_RATE
+    def rates(self, step: int) -> tuple[float, float]:
+        """The learning rates of K/V and of V* at a step, counted from 0: constant, then linear to zero."""
+        weight, row = self.learning_rate, self.embedding_learning_rate
+        if weight is None:
+            weight = EMBEDDED_LEARNING_RATE if self.base is None else PAPER_LEARNING_RATE
+        if row is None:
+            row = EMBEDDED_EMBEDDING_RATE if self.base is None else weight
         last = self.cooldown * self.steps
-        return full * min(1.0, (self.steps - step) / last) if last else full
+        share = min(1.0, (self.steps - step) / last) if last else 1.0
+        return share * weight, share * row
 
     def mathematics(self) -> dict[str, Any]:
         """The fields that the result depends on: what a checkpoint must agree with to be resumed."""

@@ -139,8 +139,8 @@ class Training:
         self.base = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
         self.weight = nn.Parameter(self.base.weight.clone())
         self.row = nn.Parameter(self._initial_row())
-        parameters = [self.weight, self.row]
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.rate(0), weight_decay=config.weight_decay)
+        groups = [{"params": [self.weight]}, {"params": [self.row]}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
 
         factor = pipeline.vae_scale_factor
         size = pipeline.unet.config.sample_size
@@ -177,7 +177,8 @@ class Training:
             loss = loss + self.config.prior_weight * losses[count:].mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.param_groups[0]["lr"] = self.config.rate(self.steps_done)
+        for group, rate in zip(self.optimizer.param_groups, self.config.rates(self.steps_done), strict=True):
+            group["lr"] = rate
         self.optimizer.step()
         self.steps_done += 1
         return float(loss.detach())
