@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +20,22 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def number(name: str, value: object) -> None:
+    """A real number; not a tensor, whose gradient would be lost."""
+    if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def integer(name: str, value: Any) -> int:
+    """``value`` as an int, numpy's integers included."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
 def floating(name: str, value: Tensor, *allowed: torch.dtype) -> None:
@@ -133,7 +153,7 @@ def projection(context: Tensor, weight: Tensor, frozen_tokens: int) -> None:
 def divides(heads: int, w_q: Tensor) -> None:
     """w_q is (inner,C) and ``heads`` divides inner."""
     rank("w_q", w_q, "inner,C")
-    if not isinstance(heads, int) or heads < 1 or w_q.shape[0] == 0 or w_q.shape[0] % heads:
+    if heads < 1 or w_q.shape[0] == 0 or w_q.shape[0] % heads:
         raise ValueError(f"heads must divide inner = {w_q.shape[0]} (rows of w_q), got {heads!r}")
 
 

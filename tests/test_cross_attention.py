@@ -83,7 +83,7 @@ def check_against_eager(args, scale, no_worse, slack=0):
         if (
             name == "bias" and o.shape[-1] == 1
         ):  # a bias of all keys alike changes nothing: zero but for rounding
-            assert o.abs().max() <= 1e-5 if o.dtype is torch.float32 else 2 * p.abs().max() + 1e-2
+            assert o.abs().max() <= (1e-5 if o.dtype is torch.float32 else 2 * p.abs().max() + 1e-2)
             continue
         no_worse(f"gradient of {name}", o, p, e, slack)
 
@@ -312,6 +312,18 @@ def test_compile_without_a_graph_break(dynamic, backend, device):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 9, 5), (2, 1, 9, 5), (1, 2, 1, 5), (2, 2, 9, 1)], ids=str)
+def test_a_bias_in_any_memory_order(shape, backend, device):
+    q, k, v, *_ = inputs((2, 2, 9, 5, 8), torch.float32, device)
+    upstream, bias = torch.randn(q.shape, device=device), torch.randn(shape, device=device)
+    expected = gradients(OPS.cross_attention.default, (q, k, v, bias, None, None), 0.3, upstream)
+    for order in ((0, 1, 3, 2), (3, 2, 1, 0), (2, 0, 1, 3)):
+        back = [order.index(i) for i in range(4)]
+        moved = bias.permute(order).contiguous().permute(back)
+        found = gradients(OPS.cross_attention.default, (q, k, v, moved, None, None), 0.3, upstream)
+        torch.testing.assert_close(found, expected)
+
+
 def test_gradient_of_a_gradient_is_refused(backend, device):
     q, k, v, *_ = inputs((1, 1, 4, 4, 8), torch.float32, device)
     (grad,) = torch.autograd.grad(ck.cross_attention(q, k, v).square().sum(), q, create_graph=True)
@@ -357,6 +369,8 @@ GOOD = {"query": (1, 2, 6, 8), "key": (1, 2, 5, 8), "value": (1, 2, 5, 8)}
         ({"bias": torch.zeros(6, 5, dtype=torch.bool)}, TypeError, "got bool; use 0 and -inf"),
         ({"bias": torch.zeros(6, 5, dtype=torch.float64)}, TypeError, "bias must be float32"),
         ({"bias": 0.5}, TypeError, "bias must be a torch.Tensor, a LayoutBias or None, got float"),
+        ({"scale": "x"}, TypeError, "scale must be a number, got str"),
+        ({"scale": torch.tensor(0.3, requires_grad=True)}, TypeError, "scale must be a number, got Tensor"),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else None,
 )
@@ -433,7 +447,11 @@ def test_score_std_gradcheck_and_edges(backend64):
     plain = torch.autograd.grad(ck.score_std(q.float(), k.float()), q)[0]
     with torch.autocast("cpu", torch.bfloat16):
         mixed = torch.autograd.grad(ck.score_std(q.float(), k.float()), q)[0]
+        low = q.detach().bfloat16()
+        assert torch.equal(ck.score_std(low, k.float()), ck.score_std(low.float(), k.float()))
     assert torch.equal(plain, mixed)
+    with pytest.raises(TypeError, match="key must be bfloat16, got float32"):
+        ck.score_std(low, k.float())
     with pytest.raises(ValueError, match="key must have shape"):
         ck.score_std(torch.ones(1, 2, 4, 3), torch.ones(1, 2, 5, 4))
     with pytest.raises(TypeError, match="query must be a torch.Tensor"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -279,6 +280,19 @@ def test_block_strided_and_empty(backend64):
     assert empty.shape == (1, 0, 10)
     no_text = ck.kv_cross_attention(x, k[:, :0], v[:, :0], w_q, w_out, b_out, heads=3)
     torch.testing.assert_close(no_text, b_out.expand(1, 9, 10))
+    assert torch.equal(
+        ck.kv_cross_attention(x, k, v, w_q, w_out, heads=np.int64(3)),
+        ck.kv_cross_attention(x, k, v, w_q, w_out, heads=3),
+    )
+
+
+def test_projection_to_or_from_nothing_has_gradients():
+    for rows, width in ((0, 4), (4, 0)):
+        context, weight = torch.randn(2, 3, width), torch.randn(rows, width)
+        context.requires_grad_(), weight.requires_grad_()
+        ck.kv_project(context, weight).sum().backward()
+        assert context.grad.shape == context.shape and not context.grad.any()
+        assert weight.grad.shape == weight.shape and not weight.grad.any()
 
 
 def test_opcheck(backend, device):
@@ -356,6 +370,8 @@ def test_compile_without_a_graph_break(autocast, backend, device):
         ({"b_out": torch.zeros(9)}, ValueError, r"b_out must have shape \(10,\)"),
         ({"heads": 5}, ValueError, "heads must divide inner = 24"),
         ({"heads": 0}, ValueError, "heads must divide inner = 24"),
+        ({"heads": 2.0}, TypeError, "heads must be an integer, got float"),
+        ({"scale": "x"}, TypeError, "scale must be a number, got str"),
         ({"bias": torch.zeros(9, 6)}, ValueError, "bias must be broadcastable"),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else None,

@@ -26,7 +26,7 @@ def cross_attention(
         bias: added after the scale. A tensor broadcastable to (B, H, N, S) in query's dtype or float32, −inf
             and −1e8 included, or a :class:`LayoutBias` (Cones 2, equation 7), whose (N, S) matrix is never
             built.
-        scale: number, default D^(−1/2).
+        scale: number, default D^(−1/2); not differentiated.
 
     Returns:
         (B, H, N, D) in query's dtype and memory order. A row with every score −inf is zero. Differentiable
@@ -44,6 +44,7 @@ def cross_attention(
     if scale is None:
         _checks.rank("query", query, "B,H,N,D")
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
+    _checks.number("scale", scale)
     dense, labels, table = bias_arguments(bias, query)
     return torch.ops.customdiff.cross_attention.default(query, key, value, dense, labels, table, float(scale))
 
@@ -56,7 +57,8 @@ def score_std(query: Tensor, key: Tensor) -> Tensor:
     takes the result.
 
     Args:
-        query: (B, H, N, D), key: (B, H, S, D): as in :func:`cross_attention`.
+        query: (B, H, N, D), key: (B, H, S, D): as in :func:`cross_attention`; under ``torch.autocast`` they
+            may differ in dtype, and the wider one counts.
 
     Returns:
         0-dim tensor, float32 (float64 for float64), on query's device; NaN for fewer than two scores.
@@ -67,4 +69,7 @@ def score_std(query: Tensor, key: Tensor) -> Tensor:
     """
     for name, tensor in (("query", query), ("key", key)):
         _checks.is_tensor(name, tensor)
+    if query.dtype != key.dtype and torch.is_autocast_enabled(query.device.type):
+        wider = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(wider), key.to(wider)
     return torch.ops.customdiff.score_std.default(query, key)

@@ -121,11 +121,14 @@ def run_backward(
 
 
 def empty_gradients(inputs: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
-    """Room for the gradients of (query, key, value, bias, table); the last two in float32 (float64)."""
+    """Room for the gradients of (query, key, value, bias, table); the last two contiguous, in float32
+    (float64).
+    """
     sums = _checks.sum_dtype(inputs[0].dtype)
+    like: list[dict[str, Any]] = [{}] * 3 + [{"dtype": sums, "memory_format": torch.contiguous_format}] * 2
     return [
-        torch.empty_like(x, dtype=sums if i > 2 else None) if want and x is not None else None
-        for i, (x, want) in enumerate(zip(inputs, needed, strict=True))
+        torch.empty_like(x, **options) if want and x is not None else None
+        for x, want, options in zip(inputs, needed, like, strict=True)
     ]
 
 

@@ -75,9 +75,11 @@ def kv_cross_attention(
         tensors["b_out"] = b_out
     for name, tensor in tensors.items():
         _checks.is_tensor(name, tensor)
+    heads = _checks.integer("heads", heads)
     _checks.divides(heads, w_q)
     if scale is None:
         scale = (w_q.shape[0] // heads) ** -0.5
+    _checks.number("scale", scale)
     dense, labels, table = bias_arguments(bias, hidden)
     return torch.ops.customdiff.kv_cross_attention.default(
         hidden, key, value, w_q, w_out, b_out, heads, dense, labels, table, float(scale)

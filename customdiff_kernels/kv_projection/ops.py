@@ -37,7 +37,7 @@ def _project_backward(
     _checks.projection(context, weight, frozen_tokens)
     expected = (*context.shape[:2], weight.shape[0])
     _checks.shape("grad", grad, expected, "(B,S,R)")
-    rows = grad.reshape(-1, weight.shape[0])
+    rows = grad.flatten(0, 1)
     d_context, d_weight = context.new_empty(0), weight.new_empty(0)
     if needed[0]:
         d_context = (rows @ weight.to(rows.dtype)).view(context.shape)
@@ -47,7 +47,7 @@ def _project_backward(
         if frozen_tokens:
             live = context.clone(memory_format=torch.contiguous_format)
             live[:, :frozen_tokens] = 0
-        d_weight = (rows.T @ live.reshape(-1, context.shape[2])).to(weight.dtype)
+        d_weight = (rows.T @ live.flatten(0, 1)).to(weight.dtype)
     return d_context, d_weight
 
 
@@ -151,7 +151,7 @@ def _attend_backward(
     dtype, inner = hidden.dtype, w_q.shape[0]
     w_q = w_q.to(dtype)
     query = linear(hidden, w_q).contiguous()
-    d_attended = (grad_out.reshape(-1, w_out.shape[0]) @ w_out.to(dtype)).view(query.shape)
+    d_attended = (grad_out.flatten(0, 1) @ w_out.to(dtype)).view(query.shape)
     grads = empty_gradients((query, key, value, bias, table), needed)
     by_head = [_heads(g, heads) if i < 3 and g is not None else g for i, g in enumerate(grads)]
     q, k, v, g = (_heads(x, heads) for x in (query, key, value, d_attended))
