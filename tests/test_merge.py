@@ -188,8 +188,12 @@ def test_base_type_order_and_out():
     solver.apply(stack, low, out=out)
     torch.testing.assert_close(out.weight, wanted.weight)
     assert solver.apply(stack, concepts, out=stack) is stack and torch.equal(stack.weight, wanted.weight)
-    with pytest.raises(ValueError, match="out must not be the weights of a concept"):
-        solver.apply(stack, concepts, out=concepts[0][0])
+    buffer = torch.randn(len(stack.weight) + 1, E)
+    concepts = [(KVStack(buffer[:-1], stack.segments), concepts[0][1])]
+    for out in (concepts[0][0], KVStack(buffer[1:], stack.segments)):
+        with pytest.raises(ValueError, match="out must not share memory with the weights of a concept"):
+            solver.apply(stack, concepts, out=out)
+    out = KVStack(torch.empty_like(stack.weight), stack.segments)
     with pytest.raises(ValueError, match="out must be a KVStack"):
         solver.apply(stack, concepts, out=KVStack(stack.weight, [("all", 0, len(stack.weight))]))
     with pytest.raises(ValueError, match="out= is not differentiable"):
@@ -365,6 +369,9 @@ def test_gradients_of_the_whole_merge():
 
     for call in (apply, merge):
         assert torch.autograd.gradcheck(call, (weight, w1, c1, w2, c2))
+        (grad,) = torch.autograd.grad(call(weight, w1, c1, w2, c2).square().sum(), c1, create_graph=True)
+        with pytest.raises(RuntimeError, match="not differentiable"):
+            grad.sum().backward()
 
 
 def test_opcheck():
@@ -514,6 +521,7 @@ def solve(concepts=None, stack=None, **options):
             ValueError,
             "base has text width 23, reg_features have 24",
         ),
+        (lambda: MergeSolver(torch.eye(E)).merge(base(), 5), TypeError, "concepts must be a list .* got int"),
         (lambda: solve(on_conflict="ignore"), ValueError, "on_conflict must be one of .* got 'ignore'"),
         (lambda: solve(tolerance=2), ValueError, r"tolerance must be in \[0, 1\), got 2"),
         (

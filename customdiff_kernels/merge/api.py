@@ -182,6 +182,11 @@ class MergeSolver:
             raise ValueError(f"on_conflict must be one of {constraints.ON_CONFLICT}, got {on_conflict!r}")
         if not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
+        if not isinstance(concepts, (Mapping, Sequence)):
+            raise TypeError(
+                "concepts must be a list or mapping of (weights, target_features), "
+                f"got {type(concepts).__name__}"
+            )
         named = (
             concepts if isinstance(concepts, Mapping) else {f"concept {n}": c for n, c in enumerate(concepts)}
         )

@@ -62,8 +62,21 @@ class Problem:
         tensors = (out.weight, self.stack.weight, *sources, *factors, *targets)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise ValueError("out= is not differentiable: leave it out, or call within torch.no_grad()")
-        if any(out.weight.data_ptr() == weight.data_ptr() for weight in sources):
-            raise ValueError("out must not be the weights of a concept, which are still read")
+        if any(_overlap(out.weight, weight) for weight in sources):
+            raise ValueError("out must not share memory with the weights of a concept, which are still read")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory between the first and the last element of both meets."""
+    (first, last), (start, stop) = (
+        (
+            t.data_ptr(),
+            t.data_ptr()
+            + t.element_size() * sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)),
+        )
+        for t in (a, b)
+    )
+    return first <= stop and start <= last
 
 
 def _product(rows: Tensor, features: Tensor) -> Tensor:
