@@ -112,6 +112,9 @@ class CrossAttnProcessor:
 class _CustomDiffusion(CrossAttnProcessor):
     """Mixed into diffusers' own Custom Diffusion classes: their ``to_*_custom_diffusion``, our arithmetic."""
 
+    def __reduce__(self):
+        return _new_kernel, (type(self.previous),), vars(self)  # the class is made as needed, and has no name
+
     def _project(self, attn, context):
         # the start token is frozen: neither the weights nor the text get a gradient from it
         if not self.train_kv:
@@ -218,6 +221,11 @@ def _drop_our_arguments(attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple
 @lru_cache
 def _kernel_class(cls: Any) -> type:
     return type(f"Kernel{cls.__name__}", (_CustomDiffusion, cls), {"__doc__": _CustomDiffusion.__doc__})
+
+
+def _new_kernel(cls: Any) -> Any:
+    kernel: Any = _kernel_class(cls)
+    return kernel.__new__(kernel)
 
 
 def _take_over(name: str, previous: Any) -> Any:

@@ -125,6 +125,8 @@ def apply_delta(
     (another model, or another delta on it), unless ``force``; ValueError for segments that the UNet does not
     have, and where there is nothing to apply. Everything is checked before anything is written.
     """
+    if not isinstance(loaded, LoadedDelta):
+        raise TypeError(f"loaded must be what load_delta returns, got {type(loaded).__name__}")
     base, delta = KVStack.from_unet(unet), loaded.delta
     if not force:
         _check_base(base, loaded.metadata)
@@ -158,11 +160,11 @@ def _delta_tensors(
         for name, change in delta.items():
             segments.append(Segment(name, start, start + len(change)))
             start += len(change)
-    for segment in segments:
-        if not segment.name or _TOKEN.fullmatch(segment.name) or segment.name == "__metadata__":
-            raise ValueError(
-                f"delta has a segment named {segment.name!r}, which the file format keeps for itself"
-            )
+    if empty := [segment for segment in segments if not segment.name]:
+        raise ValueError(f"delta has a segment without a name, rows {empty[0].start} to {empty[0].stop}")
+    for name in tensors:
+        if _TOKEN.fullmatch(name) or name == "__metadata__":
+            raise ValueError(f"delta would be stored as {name!r}, which the file format keeps for itself")
     return tensors, segments, kind
 
 
@@ -173,8 +175,11 @@ def _token_tensors(modifier_tokens: ModifierTokens) -> dict[str, Tensor]:
     for word, embeddings in modifier_tokens.items():
         if not isinstance(word, str) or not word:
             raise TypeError(f"modifier_tokens must have words as keys, got {word!r}")
-        for i, embedding in enumerate([embeddings] if isinstance(embeddings, Tensor) else embeddings):
-            label = f"modifier_tokens[{word!r}]"
+        label = f"modifier_tokens[{word!r}]"
+        rows = [embeddings] if isinstance(embeddings, Tensor) else list(embeddings)
+        if not rows:
+            raise ValueError(f"{label} must be an embedding, or one a text encoder, got none")
+        for i, embedding in enumerate(rows):
             _checks.is_tensor(label, embedding)
             _checks.floating(label, embedding)
             if embedding.dim() != 1:

@@ -123,6 +123,7 @@ class LayoutBias:
         """
         height, width = _size(size)
         shares = {}
+        _mapping("boxes", boxes)
         for name, box in boxes.items():
             x0, y0, x1, y1 = _box(name, box)
             rows, columns = _overlap([y0], [y1], height), _overlap([x0], [x1], width)
@@ -149,6 +150,7 @@ class LayoutBias:
         """
         height, width = _size(size)
         shares = {}
+        _mapping("masks", masks)
         for name, mask in masks.items():
             _checks.is_tensor(f"masks[{name!r}]", mask)
             _checks.rank(f"masks[{name!r}]", mask, "height,width")
@@ -244,6 +246,11 @@ def _scale(scale: float | Tensor) -> float | Tensor:
             raise ValueError(f"scale must be a number or a 0-dim tensor, got shape {tuple(scale.shape)}")
         return scale.reshape(())
     return float(scale)
+
+
+def _mapping(argument: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{argument} must map each subject to its own, got {type(value).__name__}")
 
 
 def _size(size: tuple[int, int]) -> tuple[int, int]:

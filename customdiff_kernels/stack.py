@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -174,7 +174,11 @@ def tile(segments: Iterable[tuple[str, int, int]], rows: int | None = None) -> t
     """``segments`` as a tuple; raises ValueError unless they follow one another from 0 (to ``rows``),
     uniquely named.
     """
-    found = tuple(Segment(*segment) for segment in segments)
+    given = list(segments)
+    for segment in given:
+        if not isinstance(segment, Sequence) or len(segment) != 3:
+            raise TypeError(f"segments must be (name, start, stop), got {segment!r}")
+    found = tuple(Segment(*segment) for segment in given)
     end, names = 0, set()
     for segment in found:
         if segment.start != end or segment.stop < segment.start:

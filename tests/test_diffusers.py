@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -154,6 +155,24 @@ def test_takes_over_custom_diffusion(cls, train_q_out):
     assert not got[2][:, 0].any() and want[2][:, 1:].any()  # the start token is frozen
     ck.unpatch_unet(unet)
     assert all(unet.attn_processors[k] is v for k, v in processors.items())
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_patched_unet_can_be_pickled(taken_over):
+    unet = tiny_unet()
+    if taken_over:
+        custom_diffusion(unet)
+    ck.patch_unet(unet)
+    copied, given = pickle.loads(pickle.dumps(unet)), inputs(unet)
+    assert {type(p) for p in copied.attn_processors.values()} == {
+        type(p) for p in unet.attn_processors.values()
+    }
+    with torch.no_grad():
+        assert torch.equal(copied(**given).sample, unet(**given).sample)
+    assert ck.unpatch_unet(copied) == ck.unpatch_unet(unet)
+    assert {type(p) for p in copied.attn_processors.values()} == {
+        type(p) for p in unet.attn_processors.values()
+    }
 
 
 def test_diffusers_saves_the_same_file_after_a_take_over(tmp_path):

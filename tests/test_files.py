@@ -37,6 +37,10 @@ def unet(*inners: int) -> nn.Module:
     return model
 
 
+def change_named(name: str) -> LowRankDelta:
+    return LowRankDelta.from_factors({name: (torch.ones(2, 1), torch.ones(1, 3))})
+
+
 def change(stack: KVStack, rank: int = 2) -> LowRankDelta:
     return compress(KVStack(torch.randn_like(stack.weight), stack.segments), rank=rank)
 
@@ -209,6 +213,11 @@ def test_apply_refuses_before_writing(make, error, message):
     assert torch.equal(KVStack.from_unet(model).weight, base.weight)
 
 
+def test_apply_needs_a_loaded_delta():
+    with pytest.raises(TypeError, match="loaded must be what load_delta returns, got int"):
+        apply_delta(unet(4), 3)
+
+
 def test_apply_needs_a_recorded_base():
     model = unet(4)
     with pytest.raises(BaseMismatchError, match="does not record the base"):
@@ -224,6 +233,9 @@ ONE = {"a": torch.ones(2, 3)}
         (lambda p: save_delta({}, p), ValueError, "delta must name at least one matrix"),
         (lambda p: save_delta(torch.ones(2, 2), p), TypeError, "delta must be a KVStack or a mapping"),
         (lambda p: save_delta({"modifier_token.x": torch.ones(2, 3)}, p), ValueError, "keeps for itself"),
+        (lambda p: save_delta(change_named("modifier_token"), p), ValueError, "stored as 'modifier_token.u'"),
+        (lambda p: save_delta({"": torch.ones(2, 3)}, p), ValueError, "segment without a name, rows 0 to 2"),
+        (lambda p: save_delta(ONE, p, modifier_tokens={"x": []}), ValueError, "'x'.* must be an embedding"),
         (lambda p: save_delta(ONE, p, modifier_tokens=[1]), TypeError, "modifier_tokens must map words"),
         (
             lambda p: save_delta(ONE, p, modifier_tokens={"": torch.ones(3)}),

@@ -249,6 +249,13 @@ def test_bad_boxes_are_named(change, message):
         ck.LayoutBias.from_boxes(**(GOOD | change), positive=1.0, negative=-1.0)
 
 
+def test_boxes_and_masks_are_mappings():
+    with pytest.raises(TypeError, match="boxes must map each subject to its own, got list"):
+        ck.LayoutBias.from_boxes([(0, 0, 1, 1)], {"dog": [1]}, (4, 4), 8, 1.0, -1.0)
+    with pytest.raises(TypeError, match="masks must map each subject to its own, got Tensor"):
+        ck.LayoutBias.from_masks(torch.ones(4, 4), {"dog": [1]}, (4, 4), 8, 1.0, -1.0)
+
+
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [

@@ -347,6 +347,11 @@ DELTA = {"a": torch.ones(32, E)}
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: reconstruct(DELTA, 5), TypeError, "deltas must be one or many LowRankDelta .* got int"),
+        (lambda: reconstruct(DELTA, torch.ones(2, 3)), TypeError, "deltas must be one or many .* got Tensor"),
+        (lambda: reconstruct(DELTA, [5]), TypeError, r"deltas\[0\] must be a LowRankDelta or .* got int"),
+        (lambda: LowRankDelta([("a", 0, 1)], [1]), TypeError, "factors must map segment names .* got list"),
+        (lambda: compress(DELTA, energy="0.5"), TypeError, "energy must be a number, got str"),
         (lambda: compress(DELTA), ValueError, "exactly one of energy, rank and max_bytes"),
         (lambda: compress(DELTA, rank=1, energy=0.5), ValueError, "exactly one of"),
         (lambda: compress(DELTA, energy=0.0), ValueError, r"energy must be in \(0, 1\], got 0.0"),

@@ -188,6 +188,7 @@ def test_mapping_round_trip():
             "bias in its keys or values .*attn2.to_k.bias",
         ),
         (lambda: KVStack.from_unet(unet(4, parts=("to_k",))), ValueError, "only one of .* in blocks.0.attn2"),
+        (lambda: KVStack(torch.ones(2, 2), [("a", 0)]), TypeError, r"\(name, start, stop\), got \('a', 0\)"),
         (lambda: KVStack([[1.0]], [("a", 0, 1)]), TypeError, "weight must be a torch.Tensor"),
         (lambda: KVStack(torch.ones(2, 2).int(), [("a", 0, 2)]), TypeError, "weight must be float32"),
         (lambda: KVStack(torch.ones(2), [("a", 0, 2)]), ValueError, r"weight must have shape \(R,E\)"),

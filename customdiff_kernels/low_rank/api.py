@@ -5,7 +5,7 @@ ops.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -25,7 +25,7 @@ GRAM_LIMIT = 1e-5
 
 def reconstruct(
     base: Base,
-    deltas: LowRankDelta | Mapping[str, Tensor] | Sequence[LowRankDelta | Mapping[str, Tensor]],
+    deltas: LowRankDelta | Mapping[str, Tensor] | Iterable[LowRankDelta | Mapping[str, Tensor]],
     scales: float | Sequence[float] | Tensor | None = None,
     *,
     out: KVStack | None = None,
@@ -45,6 +45,8 @@ def reconstruct(
     another shape.
     """
     stack = as_stack("base", base)
+    if isinstance(deltas, Tensor) or not isinstance(deltas, (LowRankDelta, Iterable)):
+        raise TypeError(f"deltas must be one or many LowRankDelta or mappings, got {type(deltas).__name__}")
     deltas = [deltas] if isinstance(deltas, (LowRankDelta, Mapping)) else list(deltas)
     weights = _scales(scales, len(deltas))
     sums = _checks.sum_dtype(stack.weight.dtype)
@@ -56,6 +58,10 @@ def reconstruct(
                 _check_fits(f"deltas[{index}]", name, (u.shape[0], v.shape[1]), u.device, stack)
                 if u.shape[1]:
                     pairs.setdefault(name, []).append((u if scale is None else u.to(sums) * scale, v))
+        elif not isinstance(delta, Mapping):
+            raise TypeError(
+                f"deltas[{index}] must be a LowRankDelta or {{name: change}}, got {type(delta).__name__}"
+            )
         else:
             weight = _add_dense(f"deltas[{index}]", weight.to(sums), stack, delta, scale)
     us: list[Tensor] = []
@@ -171,6 +177,7 @@ def _rule(energy: float | None, rank: int | None, max_bytes: int | None):
             f"give exactly one of energy, rank and max_bytes, got {energy=}, {rank=}, {max_bytes=}"
         )
     if energy is not None:
+        _checks.number("energy", energy)
         if not 0 < energy <= 1:
             raise ValueError(f"energy must be in (0, 1], got {energy}")
         return lambda spectra, costs: [_energy_rank(values, energy) for values in spectra]

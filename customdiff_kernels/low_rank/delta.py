@@ -29,6 +29,8 @@ class LowRankDelta:
         self, segments: Iterable[tuple[str, int, int]], factors: Mapping[str, tuple[Tensor, Tensor]]
     ):
         self.segments = tile(segments)
+        if not isinstance(factors, Mapping):
+            raise TypeError(f"factors must map segment names to (u, v), got {type(factors).__name__}")
         names = {segment.name for segment in self.segments}
         if unknown := sorted(factors.keys() - names):
             raise ValueError(f"factors are given for segments that do not exist: {unknown[:3]}")
