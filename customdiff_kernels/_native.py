@@ -38,7 +38,8 @@ def _host_openmp() -> str | None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return None
-    loaded = dict.fromkeys(line.split()[-1] for line in maps.read_text().splitlines() if "/" in line)
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    loaded = dict.fromkeys(fields[5] for fields in lines if len(fields) == 6)  # a path may hold spaces
     found = [path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
     return min(found, key=lambda path: "torch" not in path, default=None)  # torch's own before another's
 
@@ -46,7 +47,10 @@ def _host_openmp() -> str | None:
 def _share_threads() -> str:
     """Let the kernels run on torch's OpenMP threads; returns the library's name, or what is used instead."""
     path = _host_openmp()
-    entry = getattr(ctypes.CDLL(path), "GOMP_parallel", None) if path else None
+    try:
+        entry = getattr(ctypes.CDLL(path), "GOMP_parallel", None) if path else None
+    except OSError:  # replaced on disk since it was loaded
+        entry = None
     if path is None or entry is None:
         return "own pool"
     _C.use_host_threads(ctypes.cast(entry, ctypes.c_void_p).value)
