@@ -31,11 +31,14 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
-# torch first and pinned: a range would fetch the newest build, with gigabytes of CUDA on machines without a GPU.
+# torch first and pinned. Where there is no GPU its CPU build, from PyTorch's own index: PyPI's comes with
+# gigabytes of CUDA. An index that cannot be reached is passed over.
+TORCH_OPTIONS := $(if $(shell command -v nvidia-smi),,\
+    --retries 1 --timeout 20 --extra-index-url https://download.pytorch.org/whl/cpu)
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q $(TORCH_OPTIONS) "$(TORCH)"
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
