@@ -4,6 +4,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(CK_X86)
+#include <cpuid.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace ck {
@@ -25,13 +29,25 @@ extern const Kernels table;
 }
 #endif
 
+#if defined(CK_X86)
+namespace {
+
+// Of the processor itself: not every compiler's __builtin_cpu_supports knows the name.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
+}  // namespace
+#endif
+
 const Kernels* const* usable_kernels() {
   static const Kernels* list[5] = {};
   static const bool filled = [] {
     int count = 0;
 #if defined(CK_X86)
     __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512vl");
