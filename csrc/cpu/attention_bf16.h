@@ -16,6 +16,9 @@ namespace ck {
 namespace CK_ISA {
 namespace {
 
+// The two elements of a word, one by one.
+typedef uint16_t __attribute__((may_alias)) Element;
+
 inline int64_t half_up(int64_t n) {
   return (n + 1) / 2;
 }
@@ -26,7 +29,7 @@ void copy_rows(Pair* target, int64_t words, const Tensor& tensor, int64_t b, int
   const int64_t n = tensor.size[3], stride = tensor.stride[3];
   for (int64_t i = 0; i < rows; ++i, target += words) {
     const uint16_t* source = static_cast<const uint16_t*>(tensor.at(b, h, first + i));
-    uint16_t* row = reinterpret_cast<uint16_t*>(target);
+    Element* row = reinterpret_cast<Element*>(target);
     if (stride == 1) {
       __builtin_memcpy(row, source, n * sizeof(uint16_t));
     } else {
@@ -39,8 +42,8 @@ void copy_rows(Pair* target, int64_t words, const Tensor& tensor, int64_t b, int
 // Rows of `words` words, paired; a last row without a neighbour is paired with zeros.
 void pair_copied(const Pair* rows, int64_t words, int64_t count, Pair* target, int64_t padded) {
   for (int64_t i = 0; i < count; i += 2, target += padded) {
-    const uint16_t* low = reinterpret_cast<const uint16_t*>(rows + i * words);
-    const uint16_t* high = low + 2 * words;
+    const Element* low = reinterpret_cast<const Element*>(rows + i * words);
+    const Element* high = low + 2 * words;
     if (i + 1 < count) {
       for (int64_t j = 0; j < 2 * words; ++j) target[j] = Pair(low[j]) | Pair(high[j]) << 16;
     } else {
@@ -59,9 +62,8 @@ inline Vec<Pair> round16(const float* x) {
 // Float rows rounded, as rows.
 inline void round_rows(const float* x, int64_t count, Pair* target) {
   typedef VectorOf<uint16_t, 16>::type Short;
-  uint16_t* out = reinterpret_cast<uint16_t*>(target);
   for (int64_t i = 0; i < count; i += 16) {
-    store(out + i, bit_cast<Short>(_mm512_cvtneps_pbh(load<Vec<float>>(x + i))));
+    store(target + i / 2, bit_cast<Short>(_mm512_cvtneps_pbh(load<Vec<float>>(x + i))));
   }
 }
 
@@ -74,12 +76,6 @@ inline void round_paired(const float* x, int64_t rows, int64_t padded, Pair* tar
       store(target + j, pair);
     }
   }
-}
-
-// Words along a row, transposed: (rows, words) -> (words, padded).
-inline void transpose_words(const Pair* rows, int64_t count, int64_t words, Pair* target, int64_t padded) {
-  transpose(reinterpret_cast<const float*>(rows), count, words, words, reinterpret_cast<float*>(target),
-            padded);
 }
 
 struct ForwardBuffers16 {
@@ -112,7 +108,7 @@ void forward_bf16(const Attention& a, int64_t b, Range heads, Range queries) {
 
   for (int64_t i = 0; i < count; ++i) {
     copy_rows(m.rows, Dw, a.key, b, heads.begin + i, 0, S);
-    transpose_words(m.rows, S, Dw, m.keys_t + i * Dw * Sp, Sp);
+    transpose(m.rows, S, Dw, Dw, m.keys_t + i * Dw * Sp, Sp);
     copy_rows(m.rows, Dw, a.value, b, heads.begin + i, 0, S);
     pair_copied(m.rows, Dw, S, m.values + i * Sw * Dp, Dp);
   }
@@ -173,9 +169,9 @@ void backward_batch_bf16(const Attention& a, const BackwardTask& task, const Sha
   for (int64_t h = heads.begin; h < heads.end; ++h) {
     const int64_t i = h - heads.begin;
     copy_rows(m.rows, Dw, a.value, b, h, 0, S);
-    transpose_words(m.rows, S, Dw, m.values_t + i * Dw * Sp, Sp);
+    transpose(m.rows, S, Dw, Dw, m.values_t + i * Dw * Sp, Sp);
     copy_rows(m.rows, Dw, a.key, b, h, 0, S);
-    transpose_words(m.rows, S, Dw, m.keys_t + i * Dw * Sp, Sp);
+    transpose(m.rows, S, Dw, Dw, m.keys_t + i * Dw * Sp, Sp);
     pair_copied(m.rows, Dw, S, m.keys + i * Sw * Dp, Dp);
   }
   m.bias.begin(a, b, heads);
