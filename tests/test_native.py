@@ -88,6 +88,9 @@ class Case:
     def native(self) -> list[torch.Tensor | None]:
         """The same from the kernels, written over NaN."""
         results = [None if x is None else torch.full_like(x, math.nan) for x in [self.query, *self.leaves()]]
+        for i in (4, 5):  # sums are kept in at least float32
+            wide = torch.promote_types(self.query.dtype, torch.float32)
+            results[i] = None if results[i] is None else results[i].to(wide)
         out, *grads = results
         inputs = (self.query, self.key, self.value, self.bias, self.labels, self.table, self.scale)
         _native.attention_forward(*inputs, out)
@@ -104,25 +107,30 @@ def rms(got: torch.Tensor, exact: torch.Tensor) -> float:
     return (got.double() - exact).square().mean().sqrt().item() if got.numel() else 0.0
 
 
+def check_against_eager(case: Case, eager: list[torch.Tensor | None], about: object) -> None:
+    """Errors against float64 are at most twice those of ``eager``."""
+    dtype, one_key = case.query.dtype, case.bias is not None and case.bias.shape[-1] == 1
+    exact = case.formula(torch.float64)
+    for name, ours, theirs, truth in zip(
+        ["out", "query", "key", "value", "bias", "table"], case.native(), eager, exact, strict=True
+    ):
+        if ours is None:
+            continue
+        # Eager may happen to be exact, and in float64 it is the truth itself: some units are allowed too.
+        # A bias that all keys share has no gradient: there the unit is that of the terms that cancel.
+        size = 1 if name == "bias" and one_key else max(truth.abs().max().item(), 1e-2)
+        unit = torch.finfo(ours.dtype).eps * size * (16 if dtype == torch.float64 else 1)
+        for norm, factor, units in ((rms, 2, 1), (worst, 3, 4)):
+            allowed = factor * norm(theirs, truth) + units * unit
+            assert norm(ours, truth) <= allowed, (name, about, norm(ours, truth), allowed)
+
+
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_error_is_at_most_twice_eager(dtype, bias, isa):
     for shape in SHAPES:
         case = Case(shape, dtype, bias)
-        exact = case.formula(torch.float64)
-        eager = case.formula(dtype)
-        for name, ours, theirs, truth in zip(
-            ["out", "query", "key", "value", "bias", "table"], case.native(), eager, exact, strict=True
-        ):
-            if ours is None:
-                continue
-            # Eager may happen to be exact, and in float64 it is the truth itself: some units are allowed too.
-            # A bias that all keys share has no gradient: there the unit is that of the terms that cancel.
-            size = 1 if name == "bias" and bias == "one key" else max(truth.abs().max().item(), 1e-2)
-            unit = torch.finfo(ours.dtype).eps * size * (16 if dtype == torch.float64 else 1)
-            for norm, factor, units in ((rms, 2, 1), (worst, 3, 4)):
-                allowed = factor * norm(theirs, truth) + units * unit
-                assert norm(ours, truth) <= allowed, (name, shape, norm(ours, truth), allowed)
+        check_against_eager(case, case.formula(dtype), shape)
 
 
 def test_same_bits_at_any_thread_count(isa, threads):
@@ -207,10 +215,66 @@ def test_nan_propagates(dtype, value, isa):
     assert out[0, 1, :, 5:].isfinite().all() and out[0, 0].isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800001, 0x7FC00041, -0x3FFF81])
+def test_nan_propagates_whatever_its_payload(bits, isa):
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    assert nan.isnan()
+    case = Case((1, 2, 50, 12, 20), torch.float32)
+    case.query[0, 1, 3, 4] = nan
+    assert case.query[0, 1, 3, 4].view(torch.int32) == bits
+    out, grad_query, grad_key, *_ = case.native()
+    assert out[0, 1, 3].isnan().all() and grad_query[0, 1, 3].isnan().all() and grad_key[0, 1].isnan().all()
+    case = Case((1, 2, 50, 12, 20), torch.float32, "full")
+    case.bias[0, 1, 3, 4] = nan
+    assert case.native()[0][0, 1, 3].isnan().all()
+
+
+@pytest.mark.parametrize("bias", ["full", "heads", "queries", "keys", "table"])
+@pytest.mark.parametrize("of", ["float32", "query"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_every_finite_bias_counts(dtype, of, bias, isa):
+    """Only -inf hides a key: rows of finfo.min alone, or of finfo.max, have the softmax that float64 has."""
+    case = Case((2, 2, 50, 12, 20), dtype, bias)
+    name = "bias" if case.table is None else "table"
+    rows = getattr(case, name)
+    rows = rows.to(dtype) if of == "query" else rows.float()
+    least, greatest = torch.finfo(rows.dtype).min, torch.finfo(rows.dtype).max
+    rows[..., 7] = least
+    rows[..., 0, :] = least
+    if rows.shape[-2] > 1:
+        rows[..., 1, :] = greatest
+        rows[..., 2, :], rows[..., 2, 5] = least, -math.inf
+        rows[..., 3, :], rows[..., 3, 4:7] = least, greatest
+    if rows.shape[-2] > 4:
+        rows[..., 4, :], rows[..., 4, 6:8] = least, least * 0.75
+        rows[..., 5, :], rows[..., 5, 6:8] = greatest, greatest * 0.75
+        rows[..., 6, :], rows[..., 6, 9] = -math.inf, least
+    setattr(case, name, rows)
+    check_against_eager(case, case.formula(torch.promote_types(dtype, torch.float32)), bias)
+
+
+@pytest.mark.parametrize("bias", ["full", "queries", "table"])
+def test_a_float64_bias_beyond_float32_is_its_greatest(bias, isa):
+    case = Case((2, 2, 50, 12, 20), torch.float32, bias)
+    rows = (case.bias if case.table is None else case.table).double()
+    rows[..., 0, :], rows[..., 0, 5] = torch.finfo(torch.float64).min, -math.inf
+    case.bias, case.table = (rows, None) if case.table is None else (None, rows)
+    out = torch.full_like(case.query, math.nan)
+    inputs = (case.query, case.key, case.value, case.bias, case.labels, case.table, case.scale)
+    _native.attention_forward(*inputs, out)
+    assert worst(out, case.formula(torch.float64)[0]) < 1e-5
+
+
 def test_large_scores_do_not_overflow(isa):
     case = Case((1, 1, 40, 8, 9), torch.float32)
     case.query *= 300
     assert worst(case.native()[0], case.formula(torch.float64)[0]) < 1e-3
+    for extreme in (torch.finfo(torch.float32).min, torch.finfo(torch.float32).max):
+        case = Case((1, 1, 40, 8, 9), torch.float32, "full")
+        case.query *= 1e18
+        case.key *= 1e18
+        case.bias[:] = extreme  # a score of 1e36 beside it still decides
+        assert worst(case.native()[0], case.formula(torch.float64)[0]) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 8, 4), (2, 0, 3, 8, 4), (2, 2, 0, 8, 4)])

@@ -121,7 +121,7 @@ void forward_bf16(const Attention& a, int64_t b, Range heads, Range queries) {
       copy_rows(m.rows, Dw, a.query, b, h, first, n);
       m.bias.next(a, b, h, first, n);
       gemm<Pair>({m.rows, Dw, 1, m.keys_t + i * Dw * Sp, Sp, m.scores, Sp, n, Sp, Dw, false});
-      softmax_rows(m.scores, float(a.scale * kLog2E), m.bias, m.inverse_sum, n, Sp);
+      softmax_rows(m.scores, float(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
       round_rows(m.scores, n * Sp, m.p);
       gemm<Pair>({m.p, Sp / 2, 1, m.values + i * Sw * Dp, Dp, m.out, Dp, n, Dp, Sw, false});
       store_rows(m.out, Dp, a.out, b, h, first, n, 1.f, m.inverse_sum);
@@ -191,7 +191,7 @@ void backward_batch_bf16(const Attention& a, const BackwardTask& task, const Sha
 
       gemm<Pair>({m.query, Dw, 1, m.keys_t + i * Dw * Sp, Sp, m.p, Sp, n, Sp, Dw, false});
       gemm<Pair>({m.grad_out, Dw, 1, m.values_t + i * Dw * Sp, Sp, m.dp, Sp, n, Sp, Dw, false});
-      softmax_rows(m.p, float(a.scale * kLog2E), m.bias, m.inverse_sum, n, Sp);
+      softmax_rows(m.p, float(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
       for (int64_t r = 0; r < n; ++r) {
         softmax_backward_row(m.p + r * Sp, m.dp + r * Sp, m.inverse_sum[r], Sp);
       }

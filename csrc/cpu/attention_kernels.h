@@ -66,7 +66,7 @@ void forward(const Attention& a, int64_t b, Range heads, Range queries) {
       load_rows(m.query, Dp, a.query, b, h, first, n, T(1));
       m.bias.next(a, b, h, first, n);
       gemm<T>({m.query, Dp, 1, keys_t, Sp, m.scores, Sp, n, Sp, D, false});
-      softmax_rows(m.scores, T(a.scale * kLog2E), m.bias, m.inverse_sum, n, Sp);
+      softmax_rows(m.scores, T(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
       gemm<T>({m.scores, Sp, 1, values, Dp, m.out, Dp, n, Dp, S, false});
       store_rows(m.out, Dp, a.out, b, h, first, n, T(1), m.inverse_sum);
     }
@@ -125,7 +125,7 @@ void backward_batch(const Attention& a, const BackwardTask& task, const Shape& s
 
       gemm<T>({m.query, Dp, 1, m.keys_t + i * D * Sp, Sp, m.p, Sp, n, Sp, D, false});
       if (want_ds) gemm<T>({m.grad_out, Dp, 1, m.values_t + i * D * Sp, Sp, m.ds, Sp, n, Sp, D, false});
-      softmax_rows(m.p, T(a.scale * kLog2E), m.bias, m.inverse_sum, n, Sp);
+      softmax_rows(m.p, T(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
       for (int64_t r = 0; r < n; ++r) {
         softmax_backward_row(m.p + r * Sp, m.ds + r * Sp, m.inverse_sum[r], Sp);
       }

@@ -47,6 +47,17 @@ inline uint16_t to_float16(float x) {
 }
 #endif
 
+// A finite double that float cannot hold becomes the greatest float, not infinity: -inf hides a key, -1e300
+// does not.
+template <class T>
+inline T narrow(double x) {
+  constexpr double greatest = double(__FLT_MAX__);
+  if (sizeof(T) == sizeof(float) && __builtin_isfinite(x)) {
+    x = x > greatest ? greatest : x < -greatest ? -greatest : x;
+  }
+  return T(x);
+}
+
 // target[i] = scale * source[i * stride] for i < n, zero for n <= i < padded.
 template <class T>
 inline void load_row(T* target, const void* source, DType dtype, int64_t stride, int64_t n, int64_t padded,
@@ -64,7 +75,7 @@ inline void load_row(T* target, const void* source, DType dtype, int64_t stride,
     }
     case DType::kFloat64: {
       const double* x = static_cast<const double*>(source);
-      for (; i < n; ++i) target[i] = scale * T(x[i * stride]);
+      for (; i < n; ++i) target[i] = scale * narrow<T>(x[i * stride]);
       break;
     }
     case DType::kBFloat16: {

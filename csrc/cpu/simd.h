@@ -103,27 +103,28 @@ inline double max_lanes(Vec<double> v) {
   return max;
 }
 
-// 2^x for x <= 0 (or NaN, which stays NaN); exactly 0 below the normal range. The polynomial is the minimax
-// of 2^f on [-1/2, 1/2] with relative error 2e-9, below float's rounding.
-inline Vec<float> exp2_nonpositive(Vec<float> x) {
-  typedef VectorOf<int32_t, kLanes<float>>::type Int;
-  const Vec<float> lowest = Vec<float>{} - 126.f;
-  const Vec<float> clamped = x < lowest ? lowest : x;
-  const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-  const Vec<float> shifted = clamped + shift;
-  const Vec<float> f = clamped - (shifted - shift);
-  Vec<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
+// 4^x for x <= 0 (or NaN, which stays NaN); exactly 0 below the normal range. The polynomial is the minimax
+// of 4^f on [-1/4, 1/4] with relative error 2e-9, below float's rounding.
+inline Vec<float> exp4_nonpositive(Vec<float> x) {
+  typedef VectorOf<uint32_t, kLanes<float>>::type Bits;
+  const Vec<float> zero = {}, lowest = zero - 63.f;
+  // The exponent of a NaN, whatever its payload, is 0: what is added to p below must leave it a NaN.
+  const Vec<float> number = x < zero ? x : zero;
+  const float shift = 6291456.f;  // 1.5 * 2^22: adding it rounds to half an integer, left in the low bits
+  const Vec<float> shifted = number + shift;
+  const Vec<float> f = x - (shifted - shift);
+  Vec<float> p = f * 9.826151605244800e-3f + 4.287639810853037e-2f;
+  p = p * f + 1.538949977227942e-1f;
+  p = p * f + 4.440265976930247e-1f;
+  p = p * f + 9.609059165452048e-1f;
+  p = p * f + 1.386294405710084f;
   p = p * f + 1.f;
-  const Vec<float> power = bit_cast<Vec<float>>(bit_cast<Int>(p) + (bit_cast<Int>(shifted) << 23));
-  return x < lowest ? Vec<float>{} : power;
+  const Vec<float> power = bit_cast<Vec<float>>(bit_cast<Bits>(p) + (bit_cast<Bits>(shifted) << 23));
+  return x < lowest ? zero : power;
 }
 
-inline Vec<double> exp2_nonpositive(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
+inline Vec<double> exp4_nonpositive(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(2 * x[i]);
   return x;
 }
 

@@ -1,6 +1,7 @@
 // What attention in every element type shares: sizes and scratch, the bias of a block of queries, the softmax
-// and its gradient in float or double, and what is summed over queries. Scores are in units of log 2, so that
-// the softmax needs 2^x alone: log₂e is folded into the scale and into the bias.
+// and its gradient in float or double, and what is summed over queries. Scores are in units of log 4, so that
+// the softmax needs 4^x alone: log₄e is folded into the scale and into the bias. It is less than 1: the
+// greatest finite bias stays finite, with room for a score beside it (log₂e would make it infinite).
 #pragma once
 
 #include "common/thread_pool.h"
@@ -12,7 +13,7 @@ namespace CK_ISA {
 namespace {
 
 constexpr int64_t kQueryBlock = 40;
-constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLog4E = 0.7213475204444817;
 
 // Lays buffers out one after the other, each on its own cache line; with a null base it only counts.
 struct Arena {
@@ -38,7 +39,7 @@ Shape shape_of(const Attention& a) {
   return {depth, keys, round_up(depth, kColumnUnit<T>), round_up(keys, kLanes<T>)};
 }
 
-// The bias of a block of queries as padded rows in units of log 2, -inf beyond the last key.
+// The bias of a block of queries as padded rows in units of log 4, -inf beyond the last key.
 template <class T>
 class BiasRows {
  public:
@@ -94,7 +95,7 @@ class BiasRows {
 
  private:
   void fill(int64_t row, const Tensor& from, int64_t b, int64_t h, int64_t first, int64_t n) {
-    load_rows(rows_ + row * padded_, padded_, from, b, h, first, n, T(kLog2E));
+    load_rows(rows_ + row * padded_, padded_, from, b, h, first, n, T(kLog4E));
     close(row, n);
   }
 
@@ -111,7 +112,7 @@ class BiasRows {
   int64_t index_[kQueryBlock];
 };
 
-// s -> 2^(s · scale + bias - max) in place, row by row, and 1 / sum of each; 0 for a row that is -inf
+// s -> 4^(s · scale + bias - max) in place, row by row, and 1 / sum of each; 0 for a row that is -inf
 // throughout. Scores that are NaN make the sum NaN. Two passes over the block: within one row everything
 // waits for the maximum.
 template <class T>
@@ -135,7 +136,7 @@ inline void softmax_rows(T* scores, T scale, const BiasRows<T>& bias, T* inverse
     const T largest = inverse_sum[i];
     Vec<T> sum = {};
     for (int64_t j = 0; j < padded; j += kLanes<T>) {
-      const Vec<T> p = exp2_nonpositive(load<Vec<T>>(s + j) - largest);
+      const Vec<T> p = exp4_nonpositive(load<Vec<T>>(s + j) - largest);
       store(s + j, p);
       sum += p;
     }
