@@ -386,6 +386,18 @@ def test_the_kernels_run_on_the_threads_that_torch_has():
         assert _native.build_info()["cpu"]["threads"].startswith(("libgomp", "libiomp", "libomp"))
 
 
+def test_torch_may_live_under_a_path_with_a_space(monkeypatch, tmp_path):
+    """A copy of the library there is found; one that is gone since it was loaded leaves the own pool."""
+    library = tmp_path / "Ann Lee" / "torch" / "libgomp.so.1"
+    library.parent.mkdir(parents=True)
+    line = f"7f0000000000-7f0000001000 r-xp 00000000 08:01 42                         {library}\n"
+    read = Path.read_text
+    fake = lambda path: line if path == Path("/proc/self/maps") else read(path)  # noqa: E731
+    monkeypatch.setattr(Path, "read_text", fake)
+    assert _native._host_openmp() == str(library)
+    assert _native._share_threads() == "own pool"
+
+
 def test_calls_from_several_threads(threads):
     from concurrent.futures import ThreadPoolExecutor
 
