@@ -1,5 +1,6 @@
 """Merging concept files: what is held, what ordinary captions pay for it, and bad input."""
 
+import copy
 import warnings
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import customdiff_kernels as ck
+from customdiff import merging
+from customdiff.concept import Concept
 from customdiff.merging import merge, regularization_features, renamed, target_features
 
 CAPTIONS = [
@@ -58,6 +61,61 @@ def test_a_merge_that_leaves_no_room_says_so(pipe, concepts):
         merge(concepts, pipe, CAPTIONS, prompts=prompts)
 
 
+def test_a_concept_with_two_tokens_keeps_both(pipe, concepts):
+    """A merged file, merged again: each of its tokens brings the first prompt that names it."""
+    third = tiny_pipeline.concept(pipe, 2, "<new3>")
+    for concept, word in zip((*concepts, third), (*WORDS, "<new3>"), strict=True):
+        concept.metadata["prompts"] = [late(word), f"{word} on the grass"]
+    both, _ = merge(concepts, pipe, CAPTIONS)
+    both.metadata["prompts"] += [late(word, 3) for word in WORDS]  # later prompts add no constraint
+    merged, _ = merge([both, third], pipe, CAPTIONS)
+    assert merged.metadata["prompts"] == [late(word) for word in ("<new1>", "<new2>", "<new3>")]
+    stack = ck.KVStack.from_unet(pipe.unet)
+    weight = ck.reconstruct(stack, merged.delta).weight
+    for concept, word in ((concepts[1], "<new2>"), (third, "<new3>")):
+        features = target_features(pipe, [late(word)], concept.modifier_tokens)
+        wanted = features @ ck.reconstruct(stack, concept.delta).weight.T
+        assert (features @ weight.T - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_a_token_that_no_training_prompt_names_is_refused(pipe, concepts):
+    lost = tiny_pipeline.concept(pipe, 2, "<new3>", "<new4>")
+    lost.metadata["prompts"] = ["photo of a <new3> dog"]
+    with pytest.raises(ValueError, match="names its modifier token <new4>, .* give prompts="):
+        merge([*concepts, lost], pipe, CAPTIONS)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_concepts_are_moved_to_where_the_base_is(pipe, monkeypatch, low_rank):
+    """As read from files, they are on the CPU. The base is on the meta device, which every machine has."""
+    concepts = [tiny_pipeline.concept(pipe, seed, word, low_rank=low_rank) for seed, word in enumerate(WORDS)]
+    given = {}
+
+    class Solver:
+        def __init__(self, reg_features, *, ridge):
+            given["captions"] = reg_features.device.type
+
+        def merge(self, stack, pairs):
+            for name, (weights, features) in pairs.items():
+                device = weights.device if low_rank else weights.weight.device
+                given[name] = device.type, features.device.type
+            return tiny_pipeline.concept(pipe, 2, low_rank=True).delta
+
+        def report(self, stack, pairs, merged):
+            return ck.MergeReport({}, 0.0, {}, 1.0, 1.0, 0.0, {})
+
+    for concept in concepts:
+        concept.metadata = {}  # the hash of a base on the meta device would have to read it
+    monkeypatch.setattr(merging, "base_metadata", lambda stack: {})
+    monkeypatch.setattr(merging.ck, "MergeSolver", Solver)
+    away = copy.deepcopy(pipe)
+    away.unet.to("meta")
+    away.text_encoder.to("meta")
+    merged, _ = merge(concepts, away, CAPTIONS)
+    assert given == {"captions": "meta", "<new1>": ("meta", "meta"), "<new2>": ("meta", "meta")}
+    assert merged.delta.device.type == "cpu"
+
+
 def test_bad_input(pipe, concepts):
     first, second = concepts
     with pytest.raises(ValueError, match="concepts must be two or more to merge, got 1"):
@@ -67,7 +125,11 @@ def test_bad_input(pipe, concepts):
     with pytest.raises(ValueError, match="prompts must be a list for each of the 2 concepts, got 1"):
         merge(concepts, pipe, CAPTIONS, prompts=[["<new1>"]])
     with pytest.raises(ValueError, match="'a dog' has none of the modifier tokens <new1>"):
-        merge(concepts, pipe, CAPTIONS, prompts=[["a dog"], ["<new2>"]])
+        merge(concepts, pipe, CAPTIONS, prompts=[["<new1>", "a dog"], ["<new2>"]])
+    with pytest.raises(ValueError, match="no prompt of concept <new2> names its modifier token <new2>"):
+        merge(concepts, pipe, CAPTIONS, prompts=[["<new1>"], []])
+    with pytest.raises(ValueError, match=r"concepts\[1\] has no modifier token"):
+        merge([first, Concept(second.delta)], pipe, CAPTIONS)
     with pytest.raises(ValueError, match="captions must hold at least one caption"):
         merge(concepts, pipe, [])
 
@@ -78,6 +140,14 @@ def test_renamed_gives_each_concept_a_token_of_its_own(pipe):
     assert [list(concept.modifier_tokens) for concept in found] == [["<new1>"], ["<new2>"], ["<new3>"]]
     assert changes == [(1, "<new1>", "<new2>"), (2, "<new1>", "<new3>")]
     torch.testing.assert_close(found[2].modifier_tokens["<new3>"], same[2].modifier_tokens["<new1>"])
+
+
+def test_renamed_prompts_name_the_new_tokens(pipe):
+    same = [tiny_pipeline.concept(pipe, seed, "sks") for seed in range(2)]
+    for concept in same:
+        concept.metadata["prompts"] = ["a sks dog, asks"]
+    found, _ = renamed(same)
+    assert [concept.metadata["prompts"] for concept in found] == [["a sks dog, asks"], ["a <new1> dog, asks"]]
 
 
 def test_the_start_token_regularizes_nothing(pipe):

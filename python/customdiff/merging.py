@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import customdiff_kernels as ck
 
-from .concept import Concept, Rows, base_metadata, encode, tokenize
+from .concept import Concept, Rows, _names, _split, base_metadata, encode, tokenize
 
 TEXT_BATCH = 64
 # Text features come out of a layer normalization, so one direction of the text width is all but empty.
@@ -34,22 +33,28 @@ def merge(
         concepts: two or more of one base, with modifier tokens of their own (`renamed` gives them such).
         pipeline: that base.
         captions: about 1000 ordinary ones, on whose text the weights are to change least.
-        prompts: the target captions of each concept (default: the first that it was trained with). Every
-            token of every one must hold exactly: as many as the text is wide leave nothing free, and
-            ordinary captions suffer, of which a UserWarning then tells.
+        prompts: the target captions of each concept, which together name all its modifier tokens (default:
+            for each of them the first that it was trained with). Every token of every one must hold exactly:
+            as many as the text is wide leave nothing free, and ordinary captions suffer, of which a
+            UserWarning then tells.
         ridge: as for ``ck.MergeSolver``; the default is below what the captions determine, above rounding.
 
     Returns:
-        The merged concept, and the report of how well it keeps the values asked for and what else it moved.
+        The merged concept on the CPU, and the report of how well it keeps the values asked for and what else
+        it moved.
 
     Raises:
-        ValueError: if concepts share a modifier token, belong to another base or contradict one another, or
-            if the captions hold too few different tokens.
+        ValueError: if concepts share a modifier token or have none, belong to another base or contradict one
+            another, if no prompt names a modifier token, or the captions hold too few different tokens.
     """
     if len(concepts) < 2:
         raise ValueError(f"concepts must be two or more to merge, got {len(concepts)}")
     rows: dict[str, Tensor] = {}
-    for concept in concepts:
+    for i, concept in enumerate(concepts):
+        if not concept.modifier_tokens:
+            raise ValueError(
+                f"concepts[{i}] has no modifier token, by which a merge tells its prompts from others"
+            )
         if shared := rows.keys() & concept.modifier_tokens.keys():
             raise ValueError(
                 f"concepts share the modifier token {', '.join(shared)}: rename one (merging.renamed)"
@@ -58,17 +63,23 @@ def merge(
     stack = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
     for concept in concepts:
         concept.check_base(stack)
-    prompts = [training_prompts(concept)[:1] for concept in concepts] if prompts is None else prompts
+    prompts = [_first_prompts(concept) for concept in concepts] if prompts is None else prompts
     if len(prompts) != len(concepts):
         raise ValueError(
             f"prompts must be a list for each of the {len(concepts)} concepts, got {len(prompts)}"
         )
+    for concept, texts in zip(concepts, prompts, strict=True):
+        for word in concept.modifier_tokens:
+            if not any(_names(text, [word]) for text in texts):
+                raise ValueError(
+                    f"no prompt of concept {concept} names its modifier token {word}, which the merge would "
+                    f"lose; give prompts= with one that does, as in 'photo of a {word} dog'"
+                )
     solver = ck.MergeSolver(regularization_features(pipeline, captions), ridge=ridge)
     pairs = {}
     for concept, texts in zip(concepts, prompts, strict=True):
-        low_rank = isinstance(concept.delta, ck.LowRankDelta)
-        weights = concept.delta if low_rank else ck.reconstruct(stack, concept.delta)
-        pairs[str(concept)] = (weights, target_features(pipeline, texts, concept.modifier_tokens))
+        features = target_features(pipeline, texts, concept.modifier_tokens)
+        pairs[str(concept)] = (_weights(stack, concept), features)
     first = concepts[0].metadata
     metadata = {
         **base_metadata(stack),
@@ -79,7 +90,7 @@ def merge(
     delta = solver.merge(stack, pairs)
     report = solver.report(stack, pairs, delta)
     _warn_of_drift(report, sum(len(features) for _, features in pairs.values()), stack.weight.shape[1])
-    return Concept(delta, rows, metadata), report
+    return Concept(delta.to("cpu"), rows, metadata), report
 
 
 def renamed(concepts: Sequence[Concept]) -> tuple[list[Concept], list[tuple[int, str, str]]]:
@@ -87,20 +98,20 @@ def renamed(concepts: Sequence[Concept]) -> tuple[list[Concept], list[tuple[int,
     taken: set[str] = set()
     result, changes = [], []
     for index, concept in enumerate(concepts):
-        names = {}
+        words = {}
         for word in concept.modifier_tokens:
             free = (f"<new{n}>" for n in range(1, 10**6) if f"<new{n}>" not in taken)
-            names[word] = word if word not in taken else next(free)
-            taken.add(names[word])
-        result.append(_rename(concept, names))
-        changes += [(index, old, new) for old, new in names.items() if old != new]
+            words[word] = word if word not in taken else next(free)
+            taken.add(words[word])
+        result.append(_rename(concept, words))
+        changes += [(index, old, new) for old, new in words.items() if old != new]
     return result, changes
 
 
 def training_prompts(concept: Concept) -> list[str]:
     """The prompts that the concept was trained with, or else its modifier tokens alone."""
-    if "prompts" in concept.metadata:
-        return list(concept.metadata["prompts"])
+    if prompts := concept.metadata.get("prompts"):
+        return list(prompts)
     prompt = concept.metadata.get("prompt")
     return [prompt] if prompt else list(concept.modifier_tokens)
 
@@ -136,6 +147,21 @@ def regularization_features(pipeline: Any, captions: Sequence[str]) -> Tensor:
     return torch.cat(features).float()
 
 
+def _first_prompts(concept: Concept) -> list[str]:
+    """For every modifier token the first training prompt that names it, where there is one."""
+    prompts = training_prompts(concept)
+    naming = [[prompt for prompt in prompts if _names(prompt, [word])] for word in concept.modifier_tokens]
+    return list(dict.fromkeys(found[0] for found in naming if found))
+
+
+def _weights(stack: ck.KVStack, concept: Concept) -> ck.KVStack | ck.LowRankDelta:
+    """The concept's weights beside the stack's: those of a file are read to the CPU."""
+    device, delta = stack.weight.device, concept.delta
+    if isinstance(delta, ck.LowRankDelta):
+        return delta.to(device)
+    return ck.reconstruct(stack, {name: change.to(device) for name, change in delta.items()})
+
+
 def _warn_of_drift(report: ck.MergeReport, targets: int, width: int) -> None:
     """A merge that moves ordinary captions further than the concepts' changes, added up, is no gain."""
     added = sum(report.concept_drift.values())
@@ -148,11 +174,11 @@ def _warn_of_drift(report: ck.MergeReport, targets: int, width: int) -> None:
         )
 
 
-def _rename(concept: Concept, names: dict[str, str]) -> Concept:
+def _rename(concept: Concept, new: dict[str, str]) -> Concept:
     metadata = dict(concept.metadata)
-    if names and "prompt" in metadata:
-        old = re.compile("|".join(map(re.escape, names)))  # all at once: a new name may be another's old one
-        prompts = [old.sub(lambda found: names[found[0]], prompt) for prompt in training_prompts(concept)]
+    if new and metadata.keys() & {"prompt", "prompts"}:
+        parts = [_split(prompt, list(new)) for prompt in training_prompts(concept)]
+        prompts = ["".join(new[text] if is_word else text for text, is_word in part) for part in parts]
         metadata |= {"prompt": prompts[0], "prompts": prompts}
-    rows = {names[word]: row for word, row in concept.modifier_tokens.items()}
+    rows = {new[word]: row for word, row in concept.modifier_tokens.items()}
     return Concept(concept.delta, rows, metadata)
