@@ -138,6 +138,11 @@ def test_argument_errors(pipe):
         ({"concepts": [concept, concept]}, "concepts has 2 entries for 1 prompts"),
         ({"seeds": [1, 2]}, "seeds has 2 entries for 1 prompts"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"eta": 2.0}, r"eta must be from 0 .DDIM. to 1 .DDPM., got 2.0"),
+        ({"eta": -0.1}, "eta must be from 0"),
+        ({"eta": float("nan")}, "eta must be from 0 .* got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be finite, got inf"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
         ({"size": (30, 31)}, r"size must be .height, width. in multiples of 2, got .30, 31."),
         ({"output": "np"}, "output must be 'pil', 'tensor' or 'latents', got 'np'"),
         ({"scheduler": diffusers.EulerDiscreteScheduler(), "eta": 1.0}, "EulerDiscreteScheduler has none"),
@@ -191,8 +196,15 @@ def test_match_finds_the_concept_that_a_prompt_names():
     first, second = (Concept({}, {word: torch.zeros(32)}) for word in ("<new1>", "<new2>"))
     prompts = ["a <new2> dog", "a dog", "a <new1> cat"]
     assert match(prompts, [first, second]) == [second, None, first]
-    with pytest.raises(ValueError, match="names 2 concepts .<new1>; <new2>.: merge them first"):
+    with pytest.raises(ValueError, match="fits 2 concepts .<new1>; <new2>.: merge them first"):
         match(["a <new1> dog and a <new2> cat"], [first, second])
+
+
+def test_a_concept_without_a_modifier_token_serves_what_no_other_does():
+    first, style, other = Concept({}, {"<new1>": torch.zeros(32)}), Concept({}), Concept({})
+    assert match(["a <new1> dog", "a dog"], [first, style]) == [first, style]
+    with pytest.raises(ValueError, match="'a dog' fits 2 concepts"):
+        match(["a dog"], [style, other])
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

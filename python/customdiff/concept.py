@@ -177,19 +177,20 @@ class Concept:
 
 
 def match(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[Concept | None]:
-    """The concept that each prompt names by a modifier token; None for a prompt that names none.
+    """The concept that each prompt names by a modifier token; else the one that has none, or None.
 
-    Raises ValueError if a prompt names several, which only their merge could serve.
+    Raises ValueError if that would be several, which only their merge could serve.
     """
+    nameless = [concept for concept in concepts if not concept.modifier_tokens]
     found: list[Concept | None] = []
     for prompt in prompts:
-        named = [concept for concept in concepts if _names(prompt, list(concept.modifier_tokens))]
-        if len(named) > 1:
+        fit = [concept for concept in concepts if _names(prompt, list(concept.modifier_tokens))] or nameless
+        if len(fit) > 1:
             raise ValueError(
-                f"prompt {prompt!r} names {len(named)} concepts ({'; '.join(map(str, named))}): merge them "
-                "first, or give them different modifier tokens"
+                f"prompt {prompt!r} fits {len(fit)} concepts ({'; '.join(map(str, fit))}): merge them "
+                "first, or give it one alone"
             )
-        found.append(named[0] if named else None)
+        found.append(fit[0] if fit else None)
     return found
 
 

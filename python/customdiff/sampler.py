@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def sample(
         prompts: with the modifier tokens of their concepts.
         concepts: one for each prompt, or one for all; None is the base model. Low-rank deltas stay factors.
         guidance_scale: of classifier-free guidance against ``negative_prompt``; 1 runs without.
-        eta: 0 is DDIM, 1 adds the noise of DDPM; for schedulers that know it.
+        eta: from 0, which is DDIM, to 1, which adds the noise of DDPM; for schedulers that know it.
         seeds: one a row; of an integer s, row i has s + i. A row does not depend on the others of its batch.
         size: (height, width) of the pictures; default: the base model's.
         scheduler: any diffusers scheduler (it is copied); default: DDIM with the pipeline's noise schedule.
@@ -67,6 +68,10 @@ def sample(
         raise ValueError(f"output must be 'pil', 'tensor' or 'latents', got {output!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM), got {eta}")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
     shape = (pipe.unet.config.in_channels, *_latent_size(pipe, size))
     stack = ck.KVStack.from_unet(pipe.unet)
     for concept in _distinct(concepts):
