@@ -10,6 +10,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 import tinysd  # noqa: E402
 from customdiff import demo  # noqa: E402
+from customdiff.data import read_captioned, read_pictures  # noqa: E402
 from customdiff.evaluate import Clip, without_modifiers  # noqa: E402
 from tinysd import world  # noqa: E402
 
@@ -29,6 +30,8 @@ def test_clip_tells_concepts_and_captions_apart():
         without_modifiers("photo of a <new1> dog and a <new2> cat", ["<new1>", "<new2>"])
         == "photo of a dog and a cat"
     )
+    assert without_modifiers("photo of a <new1>, a dog", ["<new1>"]) == "photo of a , a dog"
+    assert without_modifiers("a sks dog asks", ["sks"]) == "a dog asks"
     with pytest.raises(ValueError, match="one a sample: got 1 for 4"):
         clip.text_alignment(dogs, right[:1])
     with pytest.raises(ValueError, match="empty"):
@@ -61,6 +64,19 @@ def test_the_gap_runs_from_the_base_to_true_pictures():
         "12,345",
     ]
     assert true.split()[2] == "100%" and len({len(line) for line in (header, base, trained, true)}) == 1
+
+
+def test_a_smaller_run_into_the_same_folder_leaves_no_pictures_of_the_larger(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "load_base", lambda: None)
+    for count in (4, 2):
+        run = demo.Demo(tmp_path, demo.Effort(pictures=count, regularization=count))
+        run.write_pictures("<new1>")
+        pictures, captions = read_captioned(run.write_regularization())
+        assert len(pictures) == len(captions) == count
+        assert len(read_pictures(run.folder("<new1>"))) == count
+    (tmp_path / "mine.png").write_bytes(b"")
+    demo._without_pictures(tmp_path)
+    assert (tmp_path / "mine.png").exists(), "only what a run numbered is its own to remove"
 
 
 def test_quick_run_end_to_end(tmp_path):

@@ -136,15 +136,14 @@ class Demo:
 
     def write_pictures(self, word: str) -> None:
         """The few pictures that a user would have."""
-        self.folder(word).mkdir(exist_ok=True)
+        folder = _without_pictures(self.folder(word))
         made = world.concept_pictures(CONCEPTS[word], self.effort.pictures, self.seed)
         for i, (picture, _) in enumerate(made):
-            picture.save(self.folder(word) / f"{i}.png")
+            picture.save(folder / f"{i}.png")
 
     def write_regularization(self) -> Path:
         """Real pictures of random subjects, with their captions."""
-        folder = self.out / "regularization"
-        folder.mkdir(exist_ok=True)
+        folder = _without_pictures(self.out / "regularization")
         rng = np.random.default_rng(self.seed)
         with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
@@ -279,6 +278,15 @@ class Demo:
                 )
         rows.append(("merged: both in one picture", stages[-2].pairs[:8]))
         contact_sheet(rows, side=96).save(self.out / "contact_sheet.png")
+
+
+def _without_pictures(folder: Path) -> Path:
+    """`folder`, made if need be, without the numbered pictures of an earlier run."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob("*.png"):
+        if path.stem.isdecimal():
+            path.unlink()
+    return folder
 
 
 def table(rows: Sequence[Row]) -> str:

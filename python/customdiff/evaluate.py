@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .base import without_bars
+from .concept import _split
 
 BATCH = 32
 
@@ -66,8 +67,8 @@ class Clip:
 
 def without_modifiers(prompt: str, modifier_tokens: Iterable[str]) -> str:
     """`prompt` without the modifier tokens: "photo of a <new1> dog" becomes "photo of a dog"."""
-    dropped = set(modifier_tokens)
-    return " ".join(word for word in prompt.split() if word not in dropped)
+    kept = [piece for piece, is_word in _split(prompt, list(modifier_tokens)) if not is_word]
+    return " ".join(" ".join(kept).split())
 
 
 def _chunks(items: Sequence[Any]) -> Iterable[list[Any]]:
