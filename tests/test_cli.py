@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -73,6 +74,38 @@ def test_help_names_every_command_and_every_option_of_the_trainer():
         assert "--" + name.replace("_", "-") in train
 
 
+def fresh(code, *hidden):
+    """The output of `code` in a new process in which importing the `hidden` packages fails."""
+    hide = f"import sys; sys.modules.update(dict.fromkeys({hidden}))\nfrom customdiff.cli import main\n"
+    done = subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_needs_no_torch():
+    code = """
+for command in ("", "train", "sample", "merge", "compress", "inspect"):
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as done:
+        assert done.code == 0
+"""
+    assert fresh(code, "torch").count("usage: customdiff") == 6
+
+
+def test_after_a_plain_install_a_command_names_the_extra_that_it_needs(root):
+    code = f"""
+sys.stderr = sys.stdout
+assert main("inspect {root}/a.safetensors".split()) == 0
+assert main("train --images {root}/pictures --output {root}/n --prompts <new1>".split()) == 2
+assert main("sample --prompt dog".split()) == 2
+assert main("merge {root}/a.safetensors {root}/b.safetensors --output {root}/n".split()) == 2
+"""
+    out = fresh(code, *cli.OPTIONAL)
+    for command in ("train", "sample", "merge"):
+        assert re.search(rf'{command} needs \w+: pip install "customdiff_kernels\[diffusers\]"\n', out)
+
+
 def test_train_takes_every_field_from_the_command_line(root, run, tmp_path):
     status, out, err = run(
         f"train --base {{root}}/base --images {{root}}/pictures --output {tmp_path}/c.safetensors "
@@ -108,6 +141,37 @@ def test_sample_batches_prompts_with_their_own_concepts(root, run, tmp_path, mon
     assert len(calls) == 1 and len(prompts) == 6, "one batch"
     assert concepts[0] is concepts[1] is not concepts[2] and concepts[4] is None
     assert options["seeds"] == [5, 6] * 3 and options["guidance_scale"] == 6.0
+
+
+def test_sample_gives_shared_concepts_to_the_prompts_that_they_fit(root, run, tmp_path, monkeypatch):
+    from customdiff import sampler
+
+    chosen = []
+
+    def sample(pipe, prompts, concepts, **options):
+        chosen.extend(concepts)
+        return [Image.new("RGB", (8, 8)) for _ in prompts]
+
+    monkeypatch.setattr(sampler, "sample", sample)
+    first = Concept.load(root / "a.safetensors")
+    Concept(first.delta, {}, {**first.metadata, "style": True}).save(tmp_path / "style.safetensors")
+    style = f"--concept {tmp_path}/style.safetensors"
+    status, _, err = run(
+        f"sample --base {{root}}/base --count 1 --output {tmp_path}/sheet.png {style} {style} "
+        "--concept {root}/a.safetensors --prompt <new1> --prompt dog --prompt <new1> "
+        "--concept {root}/b.safetensors"
+    )
+    assert status == 0, err
+    assert [concept.metadata.get("prompt") for concept in chosen] == [
+        "photo of a <new1> dog",
+        "photo of a <new1> dog",
+        "photo of a <new1> cat",
+    ]
+    assert ["style" in concept.metadata for concept in chosen] == [False, True, False]
+    status, _, err = run(
+        f"sample --base {{root}}/base {style} --prompt <new1> --concept {{root}}/a.safetensors"
+    )
+    assert status == 2 and "style.safetensors serves no --prompt: each has another concept" in err
 
 
 def test_sample_draws_a_sheet_with_one_concept_for_all(root, run, tmp_path):
@@ -189,6 +253,30 @@ def test_compress_and_inspect(root, run, tmp_path):
         ),
         ("sample --base {root}/base --prompt <new7> --quiet", "names the modifier token <new7>"),
         (
+            "sample --base {root}/base --concept {root}/a.safetensors --prompt dog --quiet",
+            "a.safetensors serves no --prompt: none names its modifier token <new1>",
+        ),
+        ("sample --base {root}/base --prompt dog --quiet --eta 2", "eta must be from 0 (DDIM) to 1"),
+        ("sample --base {root}/base --prompt dog --guidance nan", "guidance_scale must be finite"),
+        ("sample --base {root}/base --prompt dog --device gpu", "device 'gpu' is none that PyTorch can use"),
+        pytest.param(
+            "sample --base {root}/base --prompt dog --device cuda",
+            "device 'cuda' is none that PyTorch can use here; give cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA"),
+        ),
+        (
+            "train --base {root}/base --images {root}/pictures --output {root}/n --device gpu --prompts "
+            "<new1>",
+            "device 'gpu' is none",
+        ),
+        ("sample --base {root} --prompt dog --output {root}/captions.txt", "is no folder to write to"),
+        ("sample --base {root} --prompt dog --output {root}/captions.txt/a.png", "is no folder to write to"),
+        ("merge {root}/a {root}/b --output {root}/base --overwrite", "is a folder; name a file"),
+        ("merge {root}/a.safetensors {root}/no --output {root}/new/n", "does not exist"),
+        ("compress {root}/no --output {root}/new/n --rank 1", "does not exist"),
+        ("compress {root}/a.safetensors --output {root}/new/n --energy 2", "energy must be in"),
+        ("compress {root}/a.safetensors --output {root}/captions.txt/n --rank 1", "is no folder to write to"),
+        (
             "merge {root}/a.safetensors --output {root}/n --base {root}/base --captions {root}/captions.txt",
             "two or more",
         ),
@@ -226,6 +314,21 @@ def test_wrong_usage_is_status_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(line.split())
     assert stopped.value.code == 2 and "usage: customdiff" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("sample --prompt dog --count abc", "--count: must be a whole number of at least 1, got 'abc'"),
+        ("sample --prompt dog --steps 0", "--steps: must be a whole number of at least 1, got '0'"),
+        ("merge a b --output c --ridge abc", "--ridge: must be a number of at least 0, or auto, got 'abc'"),
+        ("merge a b --output c --ridge nan", "--ridge: must be a number of at least 0, or auto, got 'nan'"),
+    ],
+)
+def test_a_number_that_is_none_is_told_in_words(line, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(line.split())
+    assert message in capsys.readouterr().err
 
 
 def test_contact_sheet_places_every_picture():

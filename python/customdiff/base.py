@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 EMBEDDED = "tinysd"
 
 
@@ -17,7 +15,7 @@ def load_base(folder: str | None = None, device: str | None = None) -> Any:
     """The ``StableDiffusionPipeline`` of `folder` in float32; the embedded one by default.
 
     Raises:
-        ValueError: if `folder` holds no pipeline.
+        ValueError: if `folder` holds no pipeline, or `device` is none that can be used here.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -31,7 +29,7 @@ def load_base(folder: str | None = None, device: str | None = None) -> Any:
             f"base {str(folder)!r} is no pipeline folder: it has no model_index.json; give a folder that "
             "StableDiffusionPipeline.save_pretrained wrote"
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = _device(device)
     with without_bars():
         pipeline = StableDiffusionPipeline.from_pretrained(
             path, safety_checker=None, requires_safety_checker=False, local_files_only=True
@@ -39,7 +37,7 @@ def load_base(folder: str | None = None, device: str | None = None) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.float()
-    return pipeline.to(device)
+    return pipeline.to(place)
 
 
 @contextmanager
@@ -77,3 +75,18 @@ def embedded_captions(count: int = 1000, seed: int = 0) -> list[str]:
 
     rng = np.random.default_rng(seed)
     return [world.sample(rng)[1] for _ in range(count)]
+
+
+def _device(name: str | None) -> Any:
+    import torch  # not above: --help needs no torch
+
+    available = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    name = name or available[0]
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()  # a name may be good, and the machine without such a device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"device {name!r} is none that PyTorch can use here; give {' or '.join(available)}"
+        ) from error
+    return device

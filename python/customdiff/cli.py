@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,7 +23,8 @@ EXAMPLES = """examples:
   customdiff inspect small.safetensors
 """
 SAMPLE_EXAMPLES = """A --concept serves the --prompt before it; one that stands before all prompts serves each
-that names its modifier token. All pictures are sampled in one batch.
+that names its modifier token or, if it has none, each that no other concept serves. One that serves no prompt
+is an error. All pictures are sampled in one batch.
 
 examples:
   customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog" --prompt "a cat"
@@ -44,6 +47,7 @@ COMPRESS_EXAMPLES = """examples:
   customdiff compress dog.safetensors --energy 0.6 --output small.safetensors     the paper's "top 60%"
   customdiff compress dog.safetensors --max-bytes 100000 --output small.safetensors
 """
+OPTIONAL = ("PIL", "accelerate", "diffusers", "numpy", "tqdm", "transformers")  # not in a plain install
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
         except (ValueError, OSError) as error:
             print(f"customdiff {options.command}: error: {error}", file=sys.stderr)
+            return 2
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in OPTIONAL:
+                raise
+            print(
+                f"customdiff {options.command}: error: {options.command} needs {package}: "
+                'pip install "customdiff_kernels[diffusers]"',
+                file=sys.stderr,
+            )
             return 2
         except KeyboardInterrupt:
             print(f"customdiff {options.command}: interrupted", file=sys.stderr)
@@ -145,18 +159,16 @@ def _train(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from .base import load_base
-    from .concept import Concept, match
     from .sampler import sample
     from .sheet import contact_sheet
 
+    output = Path(options.output)
+    sheet = output.suffix.lower() == ".png"
+    _check_writable(output if sheet else output / "prompt0.png")
     shared, pairs = options.pairs
-    files = {
-        name: Concept.load(_file(name)) for name in dict.fromkeys([*shared, *(f for _, f in pairs if f)])
-    }
-    common = match([prompt for prompt, _ in pairs], [files[name] for name in shared])
-    concepts = [files[file] if file else found for (_, file), found in zip(pairs, common, strict=True)]
-    pipeline = load_base(options.base, options.device)
     prompts = [prompt for prompt, _ in pairs]
+    concepts = _concepts(shared, pairs)
+    pipeline = load_base(options.base, options.device)
     guidance = options.guidance if options.guidance is not None else (3.0 if options.base is None else 6.0)
     pictures = sample(
         pipeline,
@@ -170,8 +182,7 @@ def _sample(options: argparse.Namespace) -> None:
         progress=not options.quiet,
     )
     rows = [(prompt, pictures[i * options.count :][: options.count]) for i, prompt in enumerate(prompts)]
-    output = Path(options.output)
-    if output.suffix.lower() == ".png":
+    if sheet:
         output.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(rows, side=max(128, min(512, pictures[0].width))).save(output)
         print(output)
@@ -181,6 +192,25 @@ def _sample(options: argparse.Namespace) -> None:
         for k, picture in enumerate(row):
             picture.save(output / f"prompt{i}_seed{options.seed + k}.png")
     print(f"{output}: {len(pictures)} pictures")
+
+
+def _concepts(shared: list[str], pairs: list[tuple[str, str | None]]) -> list[Any]:
+    """The concept of each (prompt, its own file); without a file the one of the shared files that fits."""
+    from .concept import Concept, match
+
+    own = [file for _, file in pairs if file]
+    files = {name: Concept.load(_file(name)) for name in dict.fromkeys([*shared, *own])}
+    common = {name: files[name] for name in shared}
+    matched = match([prompt for prompt, file in pairs if not file], list(common.values()))
+    for name, concept in common.items():
+        if not any(found is concept for found in matched):
+            words = " or ".join(concept.modifier_tokens)
+            why = f"none names its modifier token {words}" if words else "each has another concept"
+            raise ValueError(
+                f"--concept {name} serves no --prompt: {why}; correct a prompt, or leave the file out"
+            )
+    rest = iter(matched)
+    return [files[file] if file else next(rest) for _, file in pairs]
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -202,6 +232,7 @@ def _merge(options: argparse.Namespace) -> None:
     concepts, changes = renamed(loaded)
     base = load_base(options.base, options.device)
     merged, report = merge(concepts, base, captions, ridge=options.ridge)
+    output.parent.mkdir(parents=True, exist_ok=True)
     merged.save(output)
     for index, old, new in changes:
         print(f"{old} of {options.concepts[index]} is called {new} in the merge")
@@ -221,8 +252,10 @@ def _compress(options: argparse.Namespace) -> None:
     output = _free(options)
     concept = Concept.load(_file(options.concept))
     delta = ck.compress(concept.delta, energy=options.energy, rank=options.rank, max_bytes=options.max_bytes)
+    before = Path(options.concept).stat().st_size  # which --output may replace
+    output.parent.mkdir(parents=True, exist_ok=True)
     Concept(delta, concept.modifier_tokens, concept.metadata).save(output)
-    before, after = Path(options.concept).stat().st_size, output.stat().st_size
+    after = output.stat().st_size
     print(f"{output}: {after:,} bytes, {after / before:.1%} of {before:,}")
 
 
@@ -264,14 +297,21 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _ridge(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    if text == "auto":
+        return text
+    try:
+        ridge = float(text)
+    except ValueError:
+        ridge = math.nan
+    if not 0 <= ridge < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, or auto, got {text!r}")
+    return ridge
 
 
 def _file(name: str) -> Path:
@@ -283,10 +323,19 @@ def _file(name: str) -> Path:
 
 def _free(options: argparse.Namespace) -> Path:
     output = Path(options.output)
+    _check_writable(output)
     if output.exists() and not options.overwrite:
         raise ValueError(f"output {options.output!r} exists; name another, or pass --overwrite")
-    output.parent.mkdir(parents=True, exist_ok=True)
     return output
+
+
+def _check_writable(file: Path) -> None:
+    """Raises before the work what writing `file` would raise after it; makes nothing."""
+    if file.is_dir():
+        raise ValueError(f"output {str(file)!r} is a folder; name a file")
+    nearest = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"output {str(file)!r} cannot be written: {str(nearest)!r} is no folder to write to")
 
 
 def _show_warning(message: Any, category: Any, *where: Any, **more: Any) -> None:
