@@ -1,6 +1,7 @@
 """The trainer: what moves and what does not, the same bits twice, and what it says about bad input."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -287,6 +288,29 @@ def test_pictures_of_any_size_and_mode(tmp_path):
     assert torch.all(pixels[0] == 1.0), "transparency is white"
 
 
+def test_16_bit_grey_is_scaled(tmp_path):
+    values = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    (image,) = data.read_pictures(tmp_path)
+    assert np.array_equal(np.asarray(image)[..., 0].ravel(), np.arange(256))
+
+
+def test_pictures_are_cut_to_size_one_by_one(config, tmp_path, monkeypatch):
+    """No second picture is opened while the one before is held at its full size."""
+    opened, held = data.open_picture, []
+
+    def open_picture(path):
+        assert all(reference() is None for reference in held)
+        image = opened(path)
+        held.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(data, "open_picture", open_picture)
+    pipeline = load(config.base)
+    trainer.Training(config, pipeline, trainer.Pictures.read(config))
+    assert len(held) == 7
+
+
 def test_square_takes_the_centre():
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (10, 0, 30, 20))
@@ -335,9 +359,29 @@ def test_captions_beside_or_in_a_table(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no caption"):
         data.read_captions(tmp_path / "empty.txt")
-    (tmp_path / "odd.jsonl").write_text('{"words": "a dog"}\n')
-    with pytest.raises(ValueError, match='row 1 of .* has no "caption"'):
-        data.read_captions(tmp_path / "odd.jsonl")
+    (tmp_path / "excel.csv").write_bytes("\ufefffile,caption\r\n0.jpg,a dog\r\n".encode())
+    assert data.read_captions(tmp_path / "excel.csv") == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "odd.jsonl",
+            b'{"words": "a dog"}',
+            "line 1 of '.*odd.jsonl' has no text as its \"caption\": {'words'",
+        ),
+        ("list.jsonl", b'\n["a dog"]', r"line 2 of '.*list.jsonl' has no text .*: \['a dog'\]"),
+        ("number.jsonl", b'{"caption": 3}', "line 1 of '.*number.jsonl' has no text"),
+        ("broken.jsonl", b'{"caption": "a"}\n{"caption"', "line 2 of '.*broken.jsonl' is not JSON"),
+        ("short.csv", b"file,caption\na.png\n", "line 2 of '.*short.csv' has no text"),
+        ("latin.txt", b"caf\xe9", "latin.txt' is not UTF-8 text"),
+    ],
+)
+def test_caption_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        data.read_captions(tmp_path / name)
 
 
 def test_regularization_captions_must_not_name_the_concept(config, tmp_path):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -31,10 +34,12 @@ class Latents(NamedTuple):
         return self.mean[index] + self.std[index] * noise.to(self.mean)
 
 
-def open_picture(path: Path | str) -> Image.Image:
-    """An upright RGB picture; transparency is laid over white."""
-    with Image.open(path) as image:
+def open_picture(path: Path) -> Image.Image:
+    """An upright RGB picture; transparency is laid over white, 16 bits are scaled to 8."""
+    with _readable(path), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -54,42 +59,60 @@ def square(image: Image.Image, resolution: int) -> Image.Image:
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
     """(n, 3, H, W) float32 in -1..1 of n RGB pictures of one size."""
-    array = np.stack([np.asarray(image, dtype=np.float32) for image in images])
-    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous() / 127.5 - 1.0
+    array = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return array.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
 
 
 def read_pictures(folder: str | Path) -> list[Image.Image]:
-    """Every picture of `folder`, in the order of their names.
+    """Every picture of `folder`, in the order of their names; raises as `picture_paths`."""
+    return [open_picture(path) for path in picture_paths(folder)]
+
+
+def picture_paths(folder: str | Path) -> list[Path]:
+    """The pictures of `folder`, in the order of their names: looked into, but not yet decoded.
 
     Raises:
         ValueError: if the folder is missing, holds no picture, or holds one that cannot be read.
     """
-    return [_open(path) for path in _picture_paths(Path(folder))]
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"picture folder {str(folder)!r} is not a folder; give one that holds PNG or JPEG files"
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    paths = [folder / name for name in names if name.lower().endswith(SUFFIXES)]
+    if not paths:
+        found = f"{len(names)} other entries, as {', '.join(names[:5])}" if names else "nothing at all"
+        raise ValueError(f"picture folder {str(folder)!r} holds no PNG or JPEG picture, but {found}")
+    for path in paths:
+        with _readable(path), Image.open(path) as image:
+            image.verify()
+    return paths
 
 
-def read_captioned(folder: str | Path) -> tuple[list[Image.Image], list[str]]:
-    """Pictures of `folder` and their captions.
+def read_captioned(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """The pictures of `folder`, as `picture_paths`, and their captions.
 
     A caption stands in a .txt file beside its picture, or in captions.csv (columns file, caption) or
     captions.jsonl (keys "file" and "caption"; the names "file_name" and "text" are understood too).
 
     Raises:
-        ValueError: if a picture has no caption, or as in `read_pictures`.
+        ValueError: if a picture has no caption, or as in `picture_paths`.
     """
     folder = Path(folder)
-    paths = _picture_paths(folder)
+    paths = picture_paths(folder)
     table = _caption_table(folder)
     captions = []
     for path in paths:
         beside = path.with_suffix(".txt")
-        caption = beside.read_text(encoding="utf-8").strip() if beside.is_file() else table.get(path.name, "")
+        caption = _text(beside).strip() if beside.is_file() else table.get(path.name, "")
         if not caption:
             raise ValueError(
                 f"picture {path.name!r} in {str(folder)!r} has no caption; write it into {beside.name!r}, "
                 "or into captions.csv (columns file, caption) in the same folder"
             )
         captions.append(caption)
-    return [_open(path) for path in paths], captions
+    return paths, captions
 
 
 def read_captions(path: str | Path) -> list[str]:
@@ -102,7 +125,7 @@ def read_captions(path: str | Path) -> list[str]:
     if path.suffix in (".csv", ".jsonl"):
         captions = [caption for _, caption in _caption_rows(path)]
     else:
-        captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        captions = [line.strip() for line in _text(path).splitlines()]
     captions = [caption for caption in captions if caption]
     if not captions:
         raise ValueError(f"captions file {str(path)!r} holds no caption; write one a line")
@@ -142,26 +165,21 @@ def encode(vae: Any, pixels: Tensor, batch_size: int = 8) -> Latents:
     return Latents(torch.cat(means), torch.cat(stds))
 
 
-def _picture_paths(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(
-            f"picture folder {str(folder)!r} is not a folder; give one that holds PNG or JPEG files"
-        )
-    names = sorted(path.name for path in folder.iterdir())
-    paths = [folder / name for name in names if name.lower().endswith(SUFFIXES)]
-    if not paths:
-        found = f"{len(names)} other entries, as {', '.join(names[:5])}" if names else "nothing at all"
-        raise ValueError(f"picture folder {str(folder)!r} holds no PNG or JPEG picture, but {found}")
-    return paths
-
-
-def _open(path: Path) -> Image.Image:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        return open_picture(path)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path.name!r} in {str(path.parent)!r} is not a readable picture ({error}); mend or remove it"
         ) from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 text ({error}); save it as such") from error
 
 
 def _caption_table(folder: Path) -> dict[str, str]:
@@ -173,15 +191,26 @@ def _caption_table(folder: Path) -> dict[str, str]:
 
 def _caption_rows(path: Path) -> list[tuple[str, str]]:
     """(file name or "", caption) of each row of a .csv or .jsonl file."""
-    with open(path, encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            rows: list[dict[str, str]] = list(csv.DictReader(file))
-        else:
-            rows = [json.loads(line) for line in file if line.strip()]
     pairs = []
-    for number, row in enumerate(rows, 1):
-        caption = row.get("caption", row.get("text"))
-        if caption is None:
-            raise ValueError(f'row {number} of {str(path)!r} has no "caption", but {sorted(map(str, row))}')
+    for line, row in _rows(path):
+        caption = row.get("caption", row.get("text")) if isinstance(row, dict) else None
+        if not isinstance(caption, str):
+            raise ValueError(f'line {line} of {str(path)!r} has no text as its "caption": {row!r:.80}')
         pairs.append((row.get("file", row.get("file_name", "")), caption.strip()))
     return pairs
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a .csv or .jsonl file."""
+    text = _text(path)
+    if path.suffix == ".csv":
+        table = csv.DictReader(io.StringIO(text))
+        for row in table:
+            yield table.line_num, row
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} of {str(path)!r} is not JSON: {error}") from error

@@ -97,15 +97,15 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a run learns from, as read: the concept's pictures, and the captioned ones that keep the prior."""
+    """The files a run learns from: the concept's pictures, and the captioned ones that keep the prior."""
 
-    concept: list[Any]
-    regularization: list[Any]
+    concept: list[Path]
+    regularization: list[Path]
     captions: list[str]
 
     @classmethod
     def read(cls, config: TrainConfig) -> Pictures:
-        concept = data.read_pictures(config.images)
+        concept = data.picture_paths(config.images)
         if config.regularization is None:
             return cls(concept, [], [])
         regularization, captions = data.read_captioned(config.regularization)
@@ -278,8 +278,9 @@ class Training:
             )
         return self.pipeline.text_encoder.get_input_embeddings().weight[ids[0]].detach().float().clone()
 
-    def _pixels(self, images: list[Any]) -> Tensor:
-        return data.to_tensor([data.square(image, self.resolution) for image in images])
+    def _pixels(self, paths: list[Path]) -> Tensor:
+        # each is cut to size as it is read: two hundred photos at full size are 10 GB
+        return data.to_tensor([data.square(data.open_picture(path), self.resolution) for path in paths])
 
     def _choose(self, among: int, count: int) -> Tensor:
         return torch.randint(among, (count,), generator=self.generator)
