@@ -249,6 +249,9 @@ def test_training_lowers_the_loss(config):
     [
         ({"prompts": ("photo of a dog",)}, "no modifier token '<new1>'"),
         ({"prompts": ()}, "prompts is empty"),
+        ({"modifier_token": ""}, "modifier_token must be one word, .* got ''"),
+        ({"modifier_token": "my dog"}, "modifier_token must be one word, .* got 'my dog'"),
+        ({"modifier_token": "sks", "prompts": ("photo of asks dog",)}, "no modifier token 'sks'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
@@ -388,3 +391,6 @@ def test_regularization_captions_must_not_name_the_concept(config, tmp_path):
     folder = pictures(tmp_path / "r", 1, seed=0, caption="photo of a <new1> dog")
     with pytest.raises(ValueError, match="holds the modifier token"):
         trainer.train(dataclasses.replace(config, regularization=folder), progress=False)
+    (tmp_path / "r" / "0.txt").write_text("photo of asks dog")
+    sks = dataclasses.replace(config, modifier_token="sks", prompts=("a sks dog",), regularization=folder)
+    assert trainer.Pictures.read(sks).captions == ["photo of asks dog"]

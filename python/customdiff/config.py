@@ -23,7 +23,7 @@ class TrainConfig:
     """What one training run depends on; equal configurations give equal bits.
 
     Raises:
-        ValueError: if a number is out of range, or a prompt lacks the modifier token.
+        ValueError: if a number is out of range, the modifier token is no word, or a prompt lacks it.
     """
 
     images: str = option(help="folder with the concept's pictures (PNG or JPEG, any size)")
@@ -66,6 +66,10 @@ class TrainConfig:
     overwrite: bool = option(False, help="replace --output if it exists")
 
     def __post_init__(self) -> None:
+        from .concept import _names  # here: torch is not needed to describe the options
+
+        if self.modifier_token.split() != [self.modifier_token]:
+            raise ValueError(f"modifier_token must be one word, as '<new1>', got {self.modifier_token!r}")
         if isinstance(self.prompts, str):
             object.__setattr__(self, "prompts", (self.prompts,))
         object.__setattr__(self, "prompts", tuple(self.prompts))
@@ -74,9 +78,9 @@ class TrainConfig:
                 f'prompts is empty; give at least one, as "photo of a {self.modifier_token} dog"'
             )
         for prompt in self.prompts:
-            if self.modifier_token not in prompt:
+            if not _names(prompt, [self.modifier_token]):
                 raise ValueError(
-                    f"prompt {prompt!r} has no modifier token {self.modifier_token!r}; "
+                    f"prompt {prompt!r} has no modifier token {self.modifier_token!r} as a word of its own; "
                     f'write "photo of a {self.modifier_token} dog", or name another modifier_token'
                 )
         for name, low in (("steps", 1), ("batch_size", 1), ("checkpoint_every", 0), ("seed", 0)):

@@ -24,7 +24,7 @@ import customdiff_kernels as ck
 
 from . import data
 from .base import base_name, load_base
-from .concept import Concept, base_metadata, encode_prompts
+from .concept import Concept, _names, base_metadata, encode_prompts
 from .config import TrainConfig
 
 FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
@@ -110,7 +110,7 @@ class Pictures:
             return cls(concept, [], [])
         regularization, captions = data.read_captioned(config.regularization)
         for caption in captions:
-            if config.modifier_token in caption:
+            if _names(caption, [config.modifier_token]):
                 raise ValueError(
                     f"regularization caption {caption!r} holds the modifier token {config.modifier_token!r}; "
                     "these pictures stand for what the base knows already, so caption them without it"
