@@ -276,6 +276,46 @@ def test_a_wrong_initializer_or_base_is_named(config, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_text_that_cannot_be_read_fails_before_the_pictures_are_encoded(config, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("the pictures were encoded")
+
+    monkeypatch.setattr(data, "encode", never)
+    prompts = ("photo of a <new1> dog", "a <new1> dog with <new2>")
+    with pytest.raises(ValueError, match="names the modifier token <new2>"):
+        trainer.train(dataclasses.replace(config, prompts=prompts), progress=False)
+    long = "a dog " * 8 + "<new1>"
+    with pytest.raises(ValueError, match="<new1> comes after the 14 tokens"):
+        trainer.train(dataclasses.replace(config, prompts=(prompts[0], long)), progress=False)
+    folder = pictures(tmp_path / "r", 1, seed=0, caption="photo of a <new3> dog")
+    with pytest.raises(ValueError, match="names the modifier token <new3>"):
+        trainer.train(dataclasses.replace(config, regularization=folder), progress=False)
+
+
+def test_an_output_that_cannot_be_written_fails_before_the_base_is_loaded(config, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    config = dataclasses.replace(config, base=str(tmp_path / "no base"), overwrite=True)
+    for output, message in (
+        ("folder", "output '.*folder' is a folder"),
+        ("file/x/c.safetensors", "output '.*c.safetensors' cannot be written .*Not a directory"),
+        ("link/c.safetensors", "output '.*c.safetensors' cannot be written"),
+        ("new/c.safetensors", "base '.*no base' is no pipeline"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.train(dataclasses.replace(config, output=str(tmp_path / output)), progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_the_output_s_folder_is_made(config, tmp_path):
+    output = tmp_path / "new" / "folder" / "c.safetensors"
+    assert trainer.train(
+        dataclasses.replace(config, steps=1, output=str(output)), progress=False
+    ).output.is_file()
+
+
 # --- pictures and captions ---
 
 

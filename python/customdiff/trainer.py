@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import customdiff_kernels as ck
 
 from . import data
 from .base import base_name, load_base
-from .concept import Concept, _names, base_metadata, encode_prompts
+from .concept import Concept, Rows, _names, base_metadata, encode_prompts
 from .config import TrainConfig
 
 FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
@@ -51,16 +53,12 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
         progress: show a bar with the loss, pictures a second and the time left.
 
     Raises:
-        ValueError: for pictures, captions or a base that cannot be used, an initializer word that is not one
-            token, or a checkpoint of another configuration.
+        ValueError: for pictures, captions, an output or a base that cannot be used, an initializer word that
+            is not one token, or a checkpoint that is damaged or of another run. Nothing is written then.
         FileExistsError: if the output is there already and ``config.overwrite`` is not set.
     """
     started = time.perf_counter()
-    output = Path(config.output)
-    if output.exists() and not config.overwrite:
-        raise FileExistsError(
-            f"output {str(output)!r} exists; name another, or replace it with overwrite (--overwrite)"
-        )
+    output = _usable_output(config)
     pictures = Pictures.read(config)  # before the base: a wrong folder should not cost a model's loading
     pipeline = load_base(config.base, config.device) if pipeline is None else pipeline
     checkpoint = output.with_name(output.name + ".checkpoint")
@@ -147,13 +145,13 @@ class Training:
         self.resolution = config.resolution or factor * (size if isinstance(size, int) else min(size))
         if self.resolution % factor:
             raise ValueError(f"resolution must be a multiple of {factor}, got {self.resolution}")
+        self._contexts(config.prompts, self._rows)  # a bad prompt fails now, not at the step that draws it
+        contexts = self._contexts([*pictures.captions, ""], {})
+        self.prior_context, self.empty_context = contexts[:-1], contexts[-1]
         pixels = data.shifted(self._pixels(pictures.concept), config.shift, self.generator)
-        self.latents = data.encode(pipeline.vae, pixels)
-        self.prior_latents = self.prior_context = None
+        self.latents, self.prior_latents = data.encode(pipeline.vae, pixels), None
         if pictures.regularization:
             self.prior_latents = data.encode(pipeline.vae, self._pixels(pictures.regularization))
-            *captions, self.empty_context = self._contexts([*pictures.captions, ""])
-            self.prior_context = torch.stack(captions)
 
     @property
     def images_per_step(self) -> int:
@@ -164,7 +162,7 @@ class Training:
         count = self.config.batch_size
         latents = self.latents.draw(self._choose(len(self.latents.mean), count), self.generator)
         context = self._instance_context(self._choose(len(self.config.prompts), count))
-        if self.prior_latents is not None and self.prior_context is not None:
+        if self.prior_latents is not None:
             chosen = self._choose(len(self.prior_latents.mean), count)
             latents = torch.cat([latents, self.prior_latents.draw(chosen, self.generator)])
             captions = self.prior_context[chosen.to(self.device)]
@@ -259,14 +257,16 @@ class Training:
         """Text features (B,S,E) of the chosen prompts; each prompt runs through the text encoder once."""
         distinct, inverse = chosen.unique(return_inverse=True)
         prompts = [self.config.prompts[i] for i in distinct.tolist()]
-        return encode_prompts(self.pipeline, prompts, {self.config.modifier_token: self.row})[
-            inverse.to(self.device)
-        ]
+        return encode_prompts(self.pipeline, prompts, self._rows)[inverse.to(self.device)]
+
+    @property
+    def _rows(self) -> Rows:
+        return {self.config.modifier_token: self.row}
 
     @torch.no_grad()
-    def _contexts(self, captions: list[str]) -> Tensor:
-        chunks = [captions[i : i + TEXT_BATCH] for i in range(0, len(captions), TEXT_BATCH)]
-        return torch.cat([encode_prompts(self.pipeline, chunk, {}) for chunk in chunks])
+    def _contexts(self, texts: Sequence[str], rows: Rows) -> Tensor:
+        chunks = [texts[i : i + TEXT_BATCH] for i in range(0, len(texts), TEXT_BATCH)]
+        return torch.cat([encode_prompts(self.pipeline, chunk, rows) for chunk in chunks])
 
     def _initial_row(self) -> Tensor:
         word, tokenizer = self.config.initializer_token, self.pipeline.tokenizer
@@ -284,6 +284,25 @@ class Training:
 
     def _choose(self, among: int, count: int) -> Tensor:
         return torch.randint(among, (count,), generator=self.generator)
+
+
+def _usable_output(config: TrainConfig) -> Path:
+    """``config.output``, where a file can be written; nothing is made yet."""
+    output = Path(config.output)
+    if output.is_dir():
+        raise ValueError(
+            f"output {str(output)!r} is a folder; name a file, as {str(output / 'concept.safetensors')!r}"
+        )
+    if output.exists() and not config.overwrite:
+        raise FileExistsError(
+            f"output {str(output)!r} exists; name another, or replace it with overwrite (--overwrite)"
+        )
+    there = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"output {str(output)!r} cannot be written ({error}); name another place") from error
+    return output
 
 
 def _deterministic() -> Any:
