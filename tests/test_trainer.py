@@ -1,6 +1,7 @@
 """The trainer: what moves and what does not, the same bits twice, and what it says about bad input."""
 
 import dataclasses
+import io
 import weakref
 
 import numpy as np
@@ -11,7 +12,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import customdiff_kernels as ck
-from customdiff import Concept, data, trainer
+import tinysd
+from customdiff import Concept, base, data, trainer
 from customdiff.config import TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -56,15 +58,24 @@ def state_of(pipeline):
     return {f"{m}.{k}": v.clone() for m, module in modules.items() for k, v in module.state_dict().items()}
 
 
+def flags_of(pipeline):
+    modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    modes = [part.training for module in modules for part in module.modules()]
+    return modes, [weight.requires_grad for module in modules for weight in module.parameters()]
+
+
 def load(folder):
     return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
 
 
 def test_learns_one_matrix_and_one_row_and_leaves_the_base_alone(config):
     pipeline = load(config.base)
-    before, processors = state_of(pipeline), dict(pipeline.unet.attn_processors)
+    pipeline.text_encoder.train()
+    pipeline.vae.decoder.requires_grad_(False)
+    before, processors, flags = state_of(pipeline), dict(pipeline.unet.attn_processors), flags_of(pipeline)
     result = trainer.train(config, pipeline, progress=False)
     after = state_of(pipeline)
+    assert flags_of(pipeline) == flags
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert pipeline.unet.attn_processors == processors
 
@@ -114,6 +125,8 @@ def test_resumes_with_the_same_bits(config, tmp_path, monkeypatch):
     assert not (tmp_path / "broken.safetensors").exists()
     with pytest.raises(ValueError, match="other values of seed"):
         trainer.train(dataclasses.replace(broken, resume=True, seed=7), progress=False)
+    (checkpoint,) = tmp_path.glob("broken*")
+    assert_refuses_other_pictures_and_files(broken, checkpoint)
     resumed = trainer.train(dataclasses.replace(broken, resume=True), progress=False)
     assert tuple(taken) + resumed.losses == whole.losses
     assert all(
@@ -122,6 +135,29 @@ def test_resumes_with_the_same_bits(config, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.safetensors", "concept.safetensors"]
     with pytest.raises(ValueError, match="no checkpoint"):
         trainer.train(dataclasses.replace(broken, resume=True, overwrite=True), progress=False)
+
+
+def assert_refuses_other_pictures_and_files(config, checkpoint):
+    """A damaged checkpoint, one of another format, one of other pictures or captions; all are put back."""
+    picture, caption = trainer.Path(config.images, "1.png"), trainer.Path(config.regularization, "1.txt")
+    whole, old, grey = checkpoint.read_bytes(), io.BytesIO(), io.BytesIO()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    torch.save(torch.load(checkpoint) | {"format": 0}, old)
+    Image.new("RGB", (40, 40)).save(grey, "png")
+    for path, content, message in (
+        (checkpoint, whole[:-100], f"{checkpoint.name}' is damaged .*start without resume"),
+        (checkpoint, b"", "is damaged"),
+        (checkpoint, flipped, "is damaged .*checksum"),
+        (checkpoint, old.getvalue(), "is of format 0, and this version reads 1"),
+        (picture, grey.getvalue(), "was made with other pictures or captions"),
+        (caption, b"photo of a red dog", "was made with other pictures or captions"),
+    ):
+        kept = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            trainer.train(dataclasses.replace(config, resume=True), progress=False)
+        path.write_bytes(kept)
 
 
 def test_a_finished_run_is_not_overwritten(config):
@@ -133,13 +169,22 @@ def test_a_finished_run_is_not_overwritten(config):
     assert trainer.Path(config.output).read_bytes() != first
 
 
-def test_a_step_is_the_equation(config):
+@pytest.mark.parametrize(
+    "prediction, gamma", [("epsilon", None), ("v_prediction", None), ("v_prediction", 5.0)]
+)
+def test_a_step_is_the_equation(config, prediction, gamma):
     """Against plain modules: the token trained in the table, the K/V of the start token detached."""
     pipeline, reference = load(config.base), load(config.base)
+    pipeline.scheduler.register_to_config(prediction_type=prediction)
     config = dataclasses.replace(
-        config, prompts=("photo of a <new1> dog",), prior_weight=0.5, shift=0.0, caption_dropout=0.0
+        config,
+        prompts=("photo of a <new1> dog",),
+        prior_weight=0.5,
+        shift=0.0,
+        caption_dropout=0.0,
+        min_snr_gamma=gamma,
     )
-    with ck.patched(pipeline.unet):
+    with ck.patched(pipeline.unet), trainer.frozen(pipeline):
         training = trainer.Training(config, pipeline, trainer.Pictures.read(config))
         start = training.generator.get_state()
         training.optimizer.step = lambda: None
@@ -157,6 +202,8 @@ def test_a_step_is_the_equation(config):
     t = torch.randint(1000, (4,), generator=generator)
     alpha = reference.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    v = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    target = noise if prediction == "epsilon" else v
 
     prompts = ["photo of a ktn dog"] * 2 + ["photo of a dog"] * 2
     ids = reference.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
@@ -164,7 +211,10 @@ def test_a_step_is_the_equation(config):
         if name.endswith(("attn2.to_k", "attn2.to_v")):
             module.register_forward_hook(lambda _, __, out: torch.cat([out[:, :1].detach(), out[:, 1:]], 1))
     context = reference.text_encoder(ids).last_hidden_state
-    error = (reference.unet(noisy, t, context).sample - noise).square().flatten(1).mean(1)
+    error = (reference.unet(noisy, t, context).sample - target).square().flatten(1).mean(1)
+    if gamma is not None:
+        snr = (alpha / (1 - alpha)).flatten()
+        error = error * snr.clamp(max=gamma) / (snr + 1)
     expected = error[:2].mean() + 0.5 * error[2:].mean()
     expected.backward()
 
@@ -195,19 +245,37 @@ def test_min_snr_weights():
 
 def test_the_rates_cool_down(config):
     constant = dataclasses.replace(config, steps=10)
-    assert [constant.rates(step) for step in range(10)] == [(1e-2, 1e-2)] * 10
+    assert [constant.rates(step, False) for step in range(10)] == [(1e-2, 1e-2)] * 10
     cooled = dataclasses.replace(config, steps=10, cooldown=0.4, embedding_learning_rate=1e-1)
     expected = [1e-2] * 7 + [0.75e-2, 0.5e-2, 0.25e-2]
-    weight, row = zip(*(cooled.rates(step) for step in range(10)), strict=True)
+    weight, row = zip(*(cooled.rates(step, False) for step in range(10)), strict=True)
     assert weight == pytest.approx(expected)
     assert row == pytest.approx([10 * rate for rate in expected])
 
 
 def test_the_embedded_base_learns_faster_than_the_papers(config):
-    papers = dataclasses.replace(config, learning_rate=None).rates(0)
+    papers = dataclasses.replace(config, learning_rate=None).rates(0, False)
     assert papers == (8e-5, 8e-5)
-    embedded = dataclasses.replace(config, learning_rate=None, base=None).rates(0)
+    embedded = dataclasses.replace(config, learning_rate=None).rates(0, True)
     assert all(ours > theirs for ours, theirs in zip(embedded, papers, strict=True))
+
+
+def test_a_pipeline_is_the_embedded_base_only_where_it_is(config, folders):
+    """Whatever ``config.base`` says: by the folder that it was loaded from."""
+    config = dataclasses.replace(config, base=None, learning_rate=None, regularization=None)
+    other, parts = load(folders["base"]), load(folders["base"])
+    parts = StableDiffusionPipeline(**parts.components, requires_safety_checker=False)
+    for pipeline, name, rate in (
+        (base.load_base(device="cpu"), "tinysd", 5e-4),
+        (load(tinysd.path()), "tinysd", 5e-4),
+        (other, "base", 8e-5),
+        (parts, "unnamed", 8e-5),
+    ):
+        with ck.patched(pipeline.unet), trainer.frozen(pipeline):
+            training = trainer.Training(config, pipeline, trainer.Pictures.read(config))
+            training.step()
+        assert training.concept().metadata["base_name"] == name
+        assert training.optimizer.param_groups[0]["lr"] == rate
 
 
 def test_each_parameter_moves_at_its_own_rate(config):
@@ -216,22 +284,44 @@ def test_each_parameter_moves_at_its_own_rate(config):
     rates = {"learning_rate": 1e-4, "embedding_learning_rate": 1e-2, "weight_decay": 0.0}
     learned = trainer.train(dataclasses.replace(config, steps=1, **rates), pipeline, progress=False).concept
     token = pipeline.tokenizer.convert_tokens_to_ids("ktn</w>")
-    row = learned.modifier_tokens["<new1>"] - pipeline.text_encoder.get_input_embeddings().weight[token]
+    table = pipeline.text_encoder.get_input_embeddings().weight.detach()
+    row = learned.modifier_tokens["<new1>"] - table[token]
     assert float(row.abs().max()) == pytest.approx(1e-2, rel=1e-2)
     furthest = max(float(change.abs().max()) for change in learned.delta.values())
     assert furthest == pytest.approx(1e-4, rel=1e-2)
 
 
-def test_v_prediction_trains(config, tmp_path):
-    base = tiny_pipeline.build(tmp_path / "v", prediction_type="v_prediction")
-    result = trainer.train(dataclasses.replace(config, base=str(base), min_snr_gamma=5.0), progress=False)
-    assert (
-        all(np.isfinite(result.losses))
-        and result.losses
-        != trainer.train(
-            dataclasses.replace(config, output=str(tmp_path / "eps.safetensors")), progress=False
-        ).losses
-    )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_learns_nearly_the_same(config, dtype):
+    """Also where only the UNet is half; what is learned stays float32."""
+    gradients = []
+    for modules in ((), ("unet",), ("unet", "vae", "text_encoder")):
+        pipeline = load(config.base)
+        for name in modules:
+            getattr(pipeline, name).to(dtype)
+        with ck.patched(pipeline.unet), trainer.frozen(pipeline):
+            training = trainer.Training(config, pipeline, trainer.Pictures.read(config))
+            training.step()
+        assert training.weight.dtype == training.row.dtype == torch.float32
+        gradients.append((training.weight.grad, training.row.grad))
+    for half in gradients[1:]:
+        for ours, exact in zip(half, gradients[0], strict=True):
+            assert torch.cosine_similarity(ours.flatten(), exact.flatten(), 0) > 0.99
+            assert ours.norm() == pytest.approx(float(exact.norm()), rel=0.1)
+
+
+def test_dropped_captions_are_the_empty_prompt(config):
+    def loss(share, captions=None):
+        pictures = trainer.Pictures.read(config)
+        if captions is not None:
+            pictures = dataclasses.replace(pictures, captions=captions)
+        pipeline = load(config.base)
+        with ck.patched(pipeline.unet), trainer.frozen(pipeline):
+            return trainer.Training(
+                dataclasses.replace(config, caption_dropout=share), pipeline, pictures
+            ).step()
+
+    assert loss(1.0) == loss(0.0, [""] * 4) != loss(0.0)
 
 
 def test_training_lowers_the_loss(config):

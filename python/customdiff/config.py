@@ -97,13 +97,16 @@ class TrainConfig:
         if self.shift > 0.5:
             raise ValueError(f"shift must be at most 0.5 of the picture's side, got {self.shift}")
 
-    def rates(self, step: int) -> tuple[float, float]:
-        """The learning rates of K/V and of V* at a step, counted from 0: constant, then linear to zero."""
+    def rates(self, step: int, embedded: bool) -> tuple[float, float]:
+        """The learning rates of K/V and of V* at a step, counted from 0: constant, then linear to zero.
+
+        `embedded`: whether the base is the embedded one, for the defaults.
+        """
         weight, row = self.learning_rate, self.embedding_learning_rate
         if weight is None:
-            weight = EMBEDDED_LEARNING_RATE if self.base is None else PAPER_LEARNING_RATE
+            weight = EMBEDDED_LEARNING_RATE if embedded else PAPER_LEARNING_RATE
         if row is None:
-            row = EMBEDDED_EMBEDDING_RATE if self.base is None else weight
+            row = EMBEDDED_EMBEDDING_RATE if embedded else weight
         last = self.cooldown * self.steps
         share = min(1.0, (self.steps - step) / last) if last else 1.0
         return share * weight, share * row

@@ -8,11 +8,14 @@ features of the regularization captions, do not depend on what is learned: they 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import customdiff_kernels as ck
+import tinysd
 
 from . import data
 from .base import base_name, load_base
@@ -31,6 +35,7 @@ from .config import TrainConfig
 
 FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
 TEXT_BATCH = 32
+CHECKPOINT_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
 
     Args:
         config: everything that the result depends on, but the base's weights.
-        pipeline: a loaded base, in place of the one that ``config.base`` names; it is left as it was.
+        pipeline: a loaded base, in place of the one that ``config.base`` names; it is left as it was. In
+            float16 or bfloat16, what is learned is float32 still. One loaded from the embedded base's folder,
+            as by ``load_base()``, has that base's learning rates by default; any other has the paper's.
         progress: show a bar with the loss, pictures a second and the time left.
 
     Raises:
@@ -62,7 +69,7 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
     pictures = Pictures.read(config)  # before the base: a wrong folder should not cost a model's loading
     pipeline = load_base(config.base, config.device) if pipeline is None else pipeline
     checkpoint = output.with_name(output.name + ".checkpoint")
-    with ck.patched(pipeline.unet):
+    with ck.patched(pipeline.unet), frozen(pipeline):
         training = Training(config, pipeline, pictures)
         if config.resume:
             training.restore(checkpoint)
@@ -117,7 +124,7 @@ class Pictures:
 
 
 class Training:
-    """A run in progress on a patched UNet: two parameters, their optimizer, one generator of all draws."""
+    """A run in progress on a patched, frozen base: two parameters, an optimizer, a generator of all draws."""
 
     def __init__(self, config: TrainConfig, pipeline: Any, pictures: Pictures):
         from diffusers import DDPMScheduler
@@ -129,9 +136,10 @@ class Training:
             raise ValueError(
                 f"base predicts {self.prediction!r}; the trainer knows 'epsilon' and 'v_prediction'"
             )
-        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            module.requires_grad_(False).eval()
         self.device = pipeline.unet.device
+        source = pipeline.name_or_path or config.base or "unnamed"
+        self.embedded = Path(source).resolve() == Path(tinysd.path()).resolve()
+        self.base_name = base_name(None if self.embedded else str(source))
         self.generator = torch.Generator().manual_seed(config.seed)
 
         self.base = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
@@ -148,10 +156,11 @@ class Training:
         self._contexts(config.prompts, self._rows)  # a bad prompt fails now, not at the step that draws it
         contexts = self._contexts([*pictures.captions, ""], {})
         self.prior_context, self.empty_context = contexts[:-1], contexts[-1]
-        pixels = data.shifted(self._pixels(pictures.concept), config.shift, self.generator)
-        self.latents, self.prior_latents = data.encode(pipeline.vae, pixels), None
-        if pictures.regularization:
-            self.prior_latents = data.encode(pipeline.vae, self._pixels(pictures.regularization))
+        pixels = self._pixels(pictures.concept)
+        prior = self._pixels(pictures.regularization) if pictures.regularization else pixels[:0]
+        self.pictures_hash = _hash(pixels, prior, pictures.captions)
+        self.latents = data.encode(pipeline.vae, data.shifted(pixels, config.shift, self.generator))
+        self.prior_latents = data.encode(pipeline.vae, prior) if len(prior) else None
 
     @property
     def images_per_step(self) -> int:
@@ -175,7 +184,8 @@ class Training:
             loss = loss + self.config.prior_weight * losses[count:].mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for group, rate in zip(self.optimizer.param_groups, self.config.rates(self.steps_done), strict=True):
+        rates = self.config.rates(self.steps_done, self.embedded)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.optimizer.step()
         self.steps_done += 1
@@ -186,7 +196,7 @@ class Training:
         weight, base = self.weight.detach(), self.base
         metadata = {
             **base_metadata(base),
-            "base_name": base_name(self.config.base),
+            "base_name": self.base_name,
             "resolution": self.resolution,
             "prompt": self.config.prompts[0],
             "prompts": list(self.config.prompts),
@@ -198,8 +208,10 @@ class Training:
     def checkpoint(self, path: Path) -> None:
         """Writes all that `restore` needs for the same bits as an unbroken run."""
         state = {
+            "format": CHECKPOINT_FORMAT,
             "config": json.dumps(self.config.mathematics()),
             "base_hash": self.base.hash(),
+            "pictures_hash": self.pictures_hash,
             "steps_done": self.steps_done,
             "weight": self.weight.detach(),
             "row": self.row.detach(),
@@ -212,12 +224,25 @@ class Training:
         os.replace(partial, path)
 
     def restore(self, path: Path) -> None:
-        """Goes on from a checkpoint of the same configuration and base."""
+        """Goes on from a checkpoint of the same configuration, base and pictures."""
         if not path.is_file():
             raise ValueError(
                 f"resume: there is no checkpoint {str(path)!r}; start without resume, with checkpoint_every"
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            if part := zipfile.ZipFile(path).testzip():  # torch checks no sums
+                raise ValueError(f"{part} has another checksum")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            version = state.get("format")
+        except Exception as error:  # of a damaged file torch raises nearly anything
+            raise ValueError(
+                f"resume: checkpoint {str(path)!r} is damaged ({error}); start without resume"
+            ) from error
+        if version != CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"resume: checkpoint {str(path)!r} is of format {version}, and this version reads "
+                f"{CHECKPOINT_FORMAT}; start without resume"
+            )
         theirs, ours = json.loads(state["config"]), json.loads(json.dumps(self.config.mathematics()))
         if changed := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
             raise ValueError(
@@ -225,6 +250,11 @@ class Training:
             )
         if state["base_hash"] != self.base.hash():
             raise ValueError(f"resume: checkpoint {str(path)!r} belongs to another base model")
+        if state["pictures_hash"] != self.pictures_hash:
+            raise ValueError(
+                f"resume: checkpoint {str(path)!r} was made with other pictures or captions; "
+                "put them back, or start without resume"
+            )
         with torch.no_grad():
             self.weight.copy_(state["weight"])
             self.row.copy_(state["row"])
@@ -238,10 +268,14 @@ class Training:
         timesteps = self._choose(self.scheduler.config.num_train_timesteps, len(latents)).to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         kv = ck.kv_project(context, self.weight, frozen_tokens=FROZEN_TOKENS)
-        views = ck.KVStack(self.weight, self.base.segments).views(kv)
-        output = self.pipeline.unet(
-            noisy, timesteps, encoder_hidden_states=context, cross_attention_kwargs={"kv": views}
-        ).sample
+        unet = self.pipeline.unet
+        views = ck.KVStack(self.weight, self.base.segments).views(kv.to(unet.dtype))
+        output = unet(
+            noisy.to(unet.dtype),
+            timesteps,
+            encoder_hidden_states=context.to(unet.dtype),
+            cross_attention_kwargs={"kv": views},
+        ).sample.float()
         v = self.prediction == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if v else noise
         losses = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
@@ -286,6 +320,23 @@ class Training:
         return torch.randint(among, (count,), generator=self.generator)
 
 
+@contextmanager
+def frozen(pipeline: Any) -> Iterator[None]:
+    """No gradient for the base's weights and no dropout in it within; every flag is put back."""
+    models = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    training = [(module, module.training) for model in models for module in model.modules()]
+    gradients = [(weight, weight.requires_grad) for model in models for weight in model.parameters()]
+    try:
+        for model in models:
+            model.requires_grad_(False).eval()
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for weight, flag in gradients:
+            weight.requires_grad_(flag)
+
+
 def _usable_output(config: TrainConfig) -> Path:
     """``config.output``, where a file can be written; nothing is made yet."""
     output = Path(config.output)
@@ -303,6 +354,14 @@ def _usable_output(config: TrainConfig) -> Path:
     except OSError as error:
         raise ValueError(f"output {str(output)!r} cannot be written ({error}); name another place") from error
     return output
+
+
+def _hash(pixels: Tensor, prior: Tensor, captions: list[str]) -> str:
+    """sha256 of all that is learned from."""
+    digest = hashlib.sha256(json.dumps(captions).encode())
+    for tensor in (pixels, prior):
+        digest.update(tensor.flatten().numpy().data)
+    return digest.hexdigest()
 
 
 def _deterministic() -> Any:
