@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import types
 import weakref
 
 import numpy as np
@@ -229,6 +230,41 @@ def test_a_step_is_the_equation(config, prediction, gamma):
     torch.testing.assert_close(training.row.grad, table.grad[ktn], rtol=1e-3, atol=1e-6)
 
 
+def test_resized_views_train_on_the_picture_alone_and_say_their_size(config, monkeypatch):
+    pipeline = load(config.base)
+    sized = dataclasses.replace(config, resize=1.0, regularization=None, prompts=("photo of a <new1> dog",))
+    with ck.patched(pipeline.unet), trainer.frozen(pipeline):
+        training = trainer.Training(sized, pipeline, trainer.Pictures.read(sized))
+        seen = []
+        encode = trainer.encode_prompts
+        monkeypatch.setattr(
+            trainer, "encode_prompts", lambda p, texts, rows: seen.extend(texts) or encode(p, texts, rows)
+        )
+        for _ in range(12):
+            training.step()
+        words = {text.removesuffix(sized.prompts[0]) for text in seen}
+        assert words == {"", *data.SMALL_WORDS, *data.LARGE_WORDS}
+
+        latents, context = training.latents.mean[-2:].clone(), training.prior_context.new_zeros(2, 16, 32)
+        mask = torch.zeros_like(training.masks[-2:])
+        mask[..., :4, :4] = 1
+        losses = []
+        for change in (0.0, 5.0):  # outside the mask no error counts, once the network cannot spread it
+            monkeypatch.setattr(
+                pipeline.unet, "forward", lambda x, *_, **__: types.SimpleNamespace(sample=0 * x)
+            )
+            latents[..., 4:, 4:] += change
+            training.generator.manual_seed(3)
+            losses.append(training._losses(latents, context, mask))
+        assert torch.equal(*losses) and losses[0].isfinite().all()
+
+
+def test_resize_off_draws_what_it_always_drew(config):
+    pipeline = load(config.base)
+    training = trainer.Training(config, pipeline, trainer.Pictures.read(config))
+    assert training.masks is None and len(training.sizes) == len(training.latents.mean) == training.whole
+
+
 def test_min_snr_weights():
     from diffusers import DDPMScheduler
 
@@ -348,6 +384,7 @@ def test_training_lowers_the_loss(config):
         ({"prior_weight": -1.0}, "prior_weight"),
         ({"weight_decay": float("nan")}, "weight_decay"),
         ({"shift": 0.7}, "shift"),
+        ({"resize": 1.5}, "resize must be a share, 0 to 1, got 1.5"),
         ({"cooldown": 1.5}, "cooldown"),
     ],
 )
@@ -459,6 +496,25 @@ def test_shifted_copies_keep_the_pictures_first():
     core = pixels[0, :, 4:12, 4:12]
     windows = copies[2].unfold(1, 8, 1).unfold(2, 8, 1).movedim(0, 2)
     assert (windows == core).flatten(2).all(-1).sum() == 1, "a copy is the picture, moved"
+
+
+def test_resized_copies_tell_their_size():
+    pixels = torch.rand(3, 3, 48, 48) * 0.8 + 0.1
+    pictures, masks, words = data.resized(pixels, torch.Generator().manual_seed(0))
+    assert len(pictures) == len(masks) == len(words) == data.RESIZED_COPIES * 3
+    smaller = 0
+    for i, (picture, mask, word) in enumerate(zip(pictures, masks, words, strict=True)):
+        share = float(mask.mean()) ** 0.5
+        assert not picture[(mask == 0).expand_as(picture)].any(), "nothing but zeros around the picture"
+        if share == 1:  # all of it is picture: whole, or a window of an enlarged one
+            assert word in data.LARGE_WORDS
+            continue
+        smaller += 1
+        assert 0.3 < share < 1 and (word in data.SMALL_WORDS) == (share < data.SMALL)
+        rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
+        found = picture[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert abs(float(found.mean() - pixels[i % 3].mean())) < 0.05, "the whole picture, smaller"
+    assert 0.4 < smaller / len(words) < 0.9
 
 
 def test_folders_without_a_usable_picture_are_named(tmp_path):

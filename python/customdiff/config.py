@@ -11,7 +11,7 @@ from typing import Any
 
 PAPER_LEARNING_RATE = 8e-5  # Custom Diffusion, section 3.2: 1e-5 times a batch of 8
 # The embedded base is small: its matrices have to move further, and a row of 128 numbers further still.
-EMBEDDED_LEARNING_RATE, EMBEDDED_EMBEDDING_RATE = 5e-4, 1e-2
+EMBEDDED_LEARNING_RATE, EMBEDDED_EMBEDDING_RATE = 1e-3, 1.5e-2
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
@@ -58,6 +58,11 @@ class TrainConfig:
     weight_decay: float = option(1e-2, help="of AdamW, on K/V and on V*; no other embedding is a parameter")
     min_snr_gamma: float | None = option(None, help="weigh the loss by min(SNR, gamma); 5 is usual")
     shift: float = option(0.05, help="move a concept picture at random by up to this share of its side")
+    resize: float = option(
+        0.0,
+        help="share of concept pictures shown smaller or larger, with size words before the first prompt, "
+        'which should begin with "photo of"',
+    )
     resolution: int | None = option(None, help="side of the training pictures (default: the base's own)")
     seed: int = option(0, help="of every random draw")
     device: str | None = option(None, help="torch device (default: cuda where there is one, else cpu)")
@@ -91,7 +96,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("cooldown", "caption_dropout"):
+        for name in ("cooldown", "caption_dropout", "resize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share, 0 to 1, got {getattr(self, name)}")
         if self.shift > 0.5:

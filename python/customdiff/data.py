@@ -19,6 +19,10 @@ from torch import Tensor
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 SHIFTED_COPIES = 4
+RESIZED_COPIES = 12
+SMALLER, LARGER = (1 / 3, 1.0), (1.2, 1.4)  # of the side; two pictures of three are made smaller
+SMALL = 0.6  # and below it the words say so
+SMALL_WORDS, LARGE_WORDS = ("a far away ", "very small "), ("zoomed in ", "close up ")
 
 
 class Latents(NamedTuple):
@@ -151,6 +155,36 @@ def shifted(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
             )
         )
     return torch.cat(copies)
+
+
+def resized(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+    """Copies of `pixels` (n, 3, H, H) at other sizes, as Custom Diffusion's appendix D makes them.
+
+    Returns:
+        RESIZED_COPIES · n pictures: smaller ones anywhere on a canvas of zeros, larger ones cut anywhere;
+        their masks (RESIZED_COPIES · n, 1, H, H), 1 where there is picture; and for each the words before
+        "photo of" that tell its size, or "".
+    """
+    side = pixels.shape[-1]
+    pictures, masks, words = [], [], []
+    for image in pixels.repeat(RESIZED_COPIES, 1, 1, 1).split(1):
+        draw = torch.rand(5, generator=generator).tolist()
+        low, high = SMALLER if draw[0] < 2 / 3 else LARGER
+        scale = low + draw[1] * (high - low)
+        new = max(1, round(scale * side))
+        scaled = F.interpolate(image, (new, new), mode="bicubic", antialias=True).clamp(-1, 1)
+        y, x = (round(place * abs(new - side)) for place in draw[2:4])
+        picture, mask = torch.zeros_like(image), torch.zeros_like(image[:, :1])
+        if new <= side:
+            picture[..., y : y + new, x : x + new] = scaled
+            mask[..., y : y + new, x : x + new] = 1
+        else:
+            picture, mask = scaled[..., y : y + side, x : x + side], mask + 1
+        pictures.append(picture)
+        masks.append(mask)
+        choice = SMALL_WORDS if scale < SMALL else LARGE_WORDS if scale > 1 else ("",)
+        words.append(choice[int(draw[4] * len(choice))])
+    return torch.cat(pictures), torch.cat(masks), words
 
 
 @torch.no_grad()

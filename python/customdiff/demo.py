@@ -36,7 +36,7 @@ from .trainer import train
 CONCEPTS = {"<new1>": "teal_dog", "<new2>": "lilac_cat"}
 INITIALIZERS = {"<new1>": "ktn", "<new2>": "pll"}
 PLACES = ("on the grass", "on the beach", "in the snow", "in the room")
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 4.0
 SHARE_OF_BYTES = 0.2
 LEGEND = """
 image, text: CLIP alignment with the concept's pictures, with the prompt. gap: share of the way from the
@@ -53,7 +53,7 @@ class Effort:
     pictures: int = 6
     held_out: int = 16
     regularization: int = 200
-    steps: int = 250
+    steps: int = 300
     count: int = 4  # samples a prompt
     denoising: int = 20
     captions: int = 1000
@@ -170,6 +170,7 @@ class Demo:
             initializer_token=INITIALIZERS[word],
             regularization=str(regularization),
             steps=self.effort.steps,
+            cooldown=0.3,
             seed=self.seed,
             overwrite=True,
         )

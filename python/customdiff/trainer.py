@@ -153,13 +153,23 @@ class Training:
         self.resolution = config.resolution or factor * (size if isinstance(size, int) else min(size))
         if self.resolution % factor:
             raise ValueError(f"resolution must be a multiple of {factor}, got {self.resolution}")
-        self._contexts(config.prompts, self._rows)  # a bad prompt fails now, not at the step that draws it
+        sized = [words + config.prompts[0] for words in data.SMALL_WORDS + data.LARGE_WORDS]
+        # a bad prompt fails now, not at the step that draws it
+        self._contexts([*config.prompts, *(sized if config.resize else [])], self._rows)
         contexts = self._contexts([*pictures.captions, ""], {})
         self.prior_context, self.empty_context = contexts[:-1], contexts[-1]
         pixels = self._pixels(pictures.concept)
         prior = self._pixels(pictures.regularization) if pictures.regularization else pixels[:0]
         self.pictures_hash = _hash(pixels, prior, pictures.captions)
-        self.latents = data.encode(pipeline.vae, data.shifted(pixels, config.shift, self.generator))
+        whole = data.shifted(pixels, config.shift, self.generator)
+        self.whole, self.masks = len(whole), None
+        self.sizes = [""] * self.whole
+        if config.resize:
+            copies, masks, sizes = data.resized(pixels, self.generator)
+            masks = torch.cat([torch.ones_like(whole[:, :1]), masks])
+            self.masks = (F.avg_pool2d(masks, factor) == 1).float().to(self.device)
+            self.sizes, whole = self.sizes + sizes, torch.cat([whole, copies])
+        self.latents = data.encode(pipeline.vae, whole)
         self.prior_latents = data.encode(pipeline.vae, prior) if len(prior) else None
 
     @property
@@ -169,8 +179,10 @@ class Training:
     def step(self) -> float:
         """One step of the optimizer; returns its loss."""
         count = self.config.batch_size
-        latents = self.latents.draw(self._choose(len(self.latents.mean), count), self.generator)
-        context = self._instance_context(self._choose(len(self.config.prompts), count))
+        views = self._choose_views(count)
+        latents = self.latents.draw(views, self.generator)
+        context = self._instance_context(views, self._choose(len(self.config.prompts), count))
+        masks = None if self.masks is None else self.masks[views.to(self.device)]
         if self.prior_latents is not None:
             chosen = self._choose(len(self.prior_latents.mean), count)
             latents = torch.cat([latents, self.prior_latents.draw(chosen, self.generator)])
@@ -178,7 +190,8 @@ class Training:
             empty = torch.rand(count, generator=self.generator) < self.config.caption_dropout
             captions[empty.to(self.device)] = self.empty_context
             context = torch.cat([context, captions])
-        losses = self._losses(latents * self.pipeline.vae.config.scaling_factor, context)
+            masks = None if masks is None else torch.cat([masks, torch.ones_like(masks)])
+        losses = self._losses(latents * self.pipeline.vae.config.scaling_factor, context, masks)
         loss = losses[:count].mean()
         if len(losses) > count:
             loss = loss + self.config.prior_weight * losses[count:].mean()
@@ -262,8 +275,10 @@ class Training:
         self.generator.set_state(state["generator"])
         self.steps_done = state["steps_done"]
 
-    def _losses(self, latents: Tensor, context: Tensor) -> Tensor:
-        """The weighted squared error (B,) of the UNet at random timesteps (paper, eq. 2)."""
+    def _losses(self, latents: Tensor, context: Tensor, masks: Tensor | None = None) -> Tensor:
+        """The weighted squared error (B,) of the UNet at random timesteps (paper, eq. 2), where the masks
+        (B,1,h,w) are 1.
+        """
         noise = torch.randn(latents.shape, generator=self.generator).to(latents)
         timesteps = self._choose(self.scheduler.config.num_train_timesteps, len(latents)).to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
@@ -278,7 +293,10 @@ class Training:
         ).sample.float()
         v = self.prediction == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if v else noise
-        losses = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+        errors = F.mse_loss(output, target, reduction="none").mean(1, keepdim=True)
+        if masks is None:
+            masks = torch.ones_like(errors)
+        losses = (errors * masks).flatten(1).sum(1) / masks.flatten(1).sum(1)
         return losses if self.config.min_snr_gamma is None else losses * self._snr_weight(timesteps, v)
 
     def _snr_weight(self, timesteps: Tensor, v: bool) -> Tensor:
@@ -287,11 +305,25 @@ class Training:
         snr = alpha / (1 - alpha)
         return snr.clamp(max=self.config.min_snr_gamma) / (snr + 1 if v else snr)
 
-    def _instance_context(self, chosen: Tensor) -> Tensor:
-        """Text features (B,S,E) of the chosen prompts; each prompt runs through the text encoder once."""
-        distinct, inverse = chosen.unique(return_inverse=True)
-        prompts = [self.config.prompts[i] for i in distinct.tolist()]
-        return encode_prompts(self.pipeline, prompts, self._rows)[inverse.to(self.device)]
+    def _choose_views(self, count: int) -> Tensor:
+        """Of the concept's latents: whole pictures, and a share of ``config.resize`` of resized ones."""
+        chosen, resized = self._choose(self.whole, count), len(self.sizes) - self.whole
+        if not resized:
+            return chosen
+        other = self.whole + self._choose(resized, count)
+        return torch.where(torch.rand(count, generator=self.generator) < self.config.resize, other, chosen)
+
+    def _instance_context(self, views: Tensor, chosen: Tensor) -> Tensor:
+        """Text features (B,S,E) of the chosen prompts, of the first with size words for a view that has them;
+        each prompt runs through the text encoder once.
+        """
+        prompts = [
+            self.sizes[view] + self.config.prompts[0] if self.sizes[view] else self.config.prompts[prompt]
+            for view, prompt in zip(views.tolist(), chosen.tolist(), strict=True)
+        ]
+        distinct = list(dict.fromkeys(prompts))
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
+        return encode_prompts(self.pipeline, distinct, self._rows)[rows]
 
     @property
     def _rows(self) -> Rows:

@@ -56,8 +56,8 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=vae.LATENTS,
         block_out_channels=(64, 128, 160),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=128,
         attention_head_dim=4,
         norm_num_groups=16,
@@ -141,7 +141,7 @@ class Latents:
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def train(finish_at: str, batch: int = 48, rate: float = 1e-3) -> None:
+def train(finish_at: str, batch: int = 64, rate: float = 1e-3) -> None:
     """Train until ``finish_at``; under torchrun the batch is shared out and gradients are averaged by gloo.
 
     Two processes of one thread keep two busy cores better filled than one process of two threads, which
@@ -163,14 +163,15 @@ def train(finish_at: str, batch: int = 48, rate: float = 1e-3) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     ema = copy.deepcopy(parts).requires_grad_(False)
-    step = 0
+    step = seen = 0
     if (state := common.load("unet.pt")) is not None:
-        parts.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:
-            group["fused"] = True
-        step = state["step"]
+        if grown := _load(parts, state["model"]) | _load(ema, state["ema"]):
+            print(f"new in this checkpoint, without effect at first: {len(grown)} parameters", flush=True)
+        else:
+            optimizer.load_state_dict(state["optimizer"])
+            for group in optimizer.param_groups:
+                group["fused"] = True
+        step, seen = state["step"], state.get("samples", 48 * state["step"])
     store = Latents(ids)
     store.refresh()
     alphas = scheduler().alphas_cumprod
@@ -203,7 +204,7 @@ def train(finish_at: str, batch: int = 48, rate: float = 1e-3) -> None:
             _average([*(p.grad for p in live if p.grad is not None), progress], ranks)
         torch.nn.utils.clip_grad_norm_(live, 1.0)
         optimizer.step()
-        step += 1
+        step, seen = step + 1, seen + batch
         rate_of_average = min(0.998, (1 + step) / (20 + step))
         torch._foreach_lerp_(averaged, [p.detach() for p in live], 1 - rate_of_average)
         mean += loss.item()
@@ -214,7 +215,7 @@ def train(finish_at: str, batch: int = 48, rate: float = 1e-3) -> None:
                 common.log(
                     "unet",
                     step=step,
-                    samples=step * batch,
+                    samples=seen,
                     loss=mean / 100,
                     rate=now,
                     images_per_second=speed,
@@ -222,10 +223,10 @@ def train(finish_at: str, batch: int = 48, rate: float = 1e-3) -> None:
             mean, since = 0.0, time.time()
             store.refresh()
         if rank == 0 and time.time() - saved > 200:
-            _save(parts, ema, optimizer, step)
+            _save(parts, ema, optimizer, step, seen)
             saved = time.time()
     if rank == 0:
-        _save(parts, ema, optimizer, step)
+        _save(parts, ema, optimizer, step, seen)
 
 
 def _average(tensors: list[torch.Tensor], ranks: int) -> None:
@@ -237,13 +238,28 @@ def _average(tensors: list[torch.Tensor], ranks: int) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def _save(parts: torch.nn.Module, ema: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _load(parts: torch.nn.Module, saved: dict[str, torch.Tensor]) -> set[str]:
+    """Load a checkpoint; names of the attention blocks that it is older than, which add nothing at first."""
+    missing, unexpected = parts.load_state_dict(saved, strict=False)
+    if unexpected or any(".attentions." not in name for name in missing):
+        raise ValueError(f"the checkpoint is of another network: {[*unexpected, *missing][:3]}, ...")
+    with torch.no_grad():
+        for name in missing:
+            if ".proj_out." in name:
+                parts.get_parameter(name).zero_()
+    return set(missing)
+
+
+def _save(
+    parts: torch.nn.Module, ema: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, samples: int
+) -> None:
     common.save(
         {
             "model": parts.state_dict(),
             "ema": ema.state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": step,
+            "samples": samples,
         },
         "unet.pt",
     )
