@@ -15,7 +15,7 @@ from PIL import Image
 import customdiff_kernels as ck
 import tinysd
 from customdiff import Concept, base, data, trainer
-from customdiff.config import TrainConfig
+from customdiff.config import EMBEDDED_LEARNING_RATE, TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -302,8 +302,8 @@ def test_a_pipeline_is_the_embedded_base_only_where_it_is(config, folders):
     other, parts = load(folders["base"]), load(folders["base"])
     parts = StableDiffusionPipeline(**parts.components, requires_safety_checker=False)
     for pipeline, name, rate in (
-        (base.load_base(device="cpu"), "tinysd", 5e-4),
-        (load(tinysd.path()), "tinysd", 5e-4),
+        (base.load_base(device="cpu"), "tinysd", EMBEDDED_LEARNING_RATE),
+        (load(tinysd.path()), "tinysd", EMBEDDED_LEARNING_RATE),
         (other, "base", 8e-5),
         (parts, "unnamed", 8e-5),
     ):
