@@ -11,7 +11,7 @@ from typing import Any
 
 PAPER_LEARNING_RATE = 8e-5  # Custom Diffusion, section 3.2: 1e-5 times a batch of 8
 # The embedded base is small: its matrices have to move further, and a row of 128 numbers further still.
-EMBEDDED_LEARNING_RATE, EMBEDDED_EMBEDDING_RATE = 1e-3, 2e-2
+EMBEDDED_LEARNING_RATE, EMBEDDED_EMBEDDING_RATE = 1e-3, 1.5e-2
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
