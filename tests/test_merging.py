@@ -95,13 +95,13 @@ def test_concepts_are_moved_to_where_the_base_is(pipe, monkeypatch, low_rank):
         def __init__(self, reg_features, *, ridge):
             given["captions"] = reg_features.device.type
 
-        def merge(self, stack, pairs):
+        def merge(self, stack, pairs, **options):
             for name, (weights, features) in pairs.items():
                 device = weights.device if low_rank else weights.weight.device
                 given[name] = device.type, features.device.type
             return tiny_pipeline.concept(pipe, 2, low_rank=True).delta
 
-        def report(self, stack, pairs, merged):
+        def report(self, stack, pairs, merged, **options):
             return ck.MergeReport({}, 0.0, {}, 1.0, 1.0, 0.0, {})
 
     for concept in concepts:

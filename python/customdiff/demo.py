@@ -38,6 +38,7 @@ INITIALIZERS = {"<new1>": "ktn", "<new2>": "pll"}
 PLACES = ("on the grass", "on the beach", "in the snow", "in the room")
 GUIDANCE_SCALE = 4.0
 SHARE_OF_BYTES = 0.2
+ALIKE = 0.1  # in a text of 128 numbers: nearer than this share of their norm, target tokens are merged as one
 LEGEND = """
 image, text: CLIP alignment with the concept's pictures, with the prompt. gap: share of the way from the
 base's samples to true pictures that were not trained on. seen: share of samples in which a detector finds the
@@ -186,7 +187,9 @@ class Demo:
     def merge(self, learned: dict[str, Concept]) -> tuple[Concept, float]:
         started = time.perf_counter()
         captions = embedded_captions(self.effort.captions, self.seed)
-        merged, report = merge(list(learned.values()), self.pipeline, captions)
+        merged, report = merge(
+            list(learned.values()), self.pipeline, captions, on_conflict="average", tolerance=ALIKE
+        )
         merged.save(self.file("merged"))
         seconds = time.perf_counter() - started
         self.say(f"merged in {seconds:.1f} s: ordinary captions' keys and values moved by {report.drift:.1%}")

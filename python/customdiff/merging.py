@@ -26,6 +26,8 @@ def merge(
     *,
     prompts: Sequence[Sequence[str]] | None = None,
     ridge: float | str = RIDGE,
+    on_conflict: str = "error",
+    tolerance: float = 1e-3,
 ) -> tuple[Concept, ck.MergeReport]:
     """One concept with all modifier tokens: on a concept's own words the merged weights do what its own do.
 
@@ -37,6 +39,9 @@ def merge(
             for each of them the first that it was trained with). Every token of every one must hold exactly:
             as many as the text is wide leave nothing free, and ordinary captions suffer, of which a
             UserWarning then tells.
+        on_conflict, tolerance: as for ``ck.MergeSolver.merge``. The padding has nearly the same features at
+            every place and after every prompt: to hold each apart takes large weights along the differences.
+            In a narrow text "average" and 0.1 hold them as one, at the mean of their values.
         ridge: as for ``ck.MergeSolver``; the default is below what the captions determine, above rounding.
 
     Returns:
@@ -87,8 +92,9 @@ def merge(
         "prompt": prompts[0][0],
         "prompts": [prompt for texts in prompts for prompt in texts],
     }
-    delta = solver.merge(stack, pairs)
-    report = solver.report(stack, pairs, delta)
+    alike: dict[str, Any] = {"on_conflict": on_conflict, "tolerance": tolerance}
+    delta = solver.merge(stack, pairs, **alike)
+    report = solver.report(stack, pairs, delta, **alike)
     _warn_of_drift(report, sum(len(features) for _, features in pairs.values()), stack.weight.shape[1])
     return Concept(delta.to("cpu"), rows, metadata), report
 
