@@ -62,9 +62,11 @@ def silence() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
-def base_name(folder: str | None) -> str:
-    """The name under which a concept file remembers its base."""
-    return EMBEDDED if folder is None else Path(folder).resolve().name
+def is_embedded(folder: str) -> bool:
+    """Whether `folder` is the embedded base's own."""
+    import tinysd
+
+    return Path(folder).resolve() == Path(tinysd.path()).resolve()
 
 
 def embedded_captions(count: int = 1000, seed: int = 0) -> list[str]:

@@ -39,7 +39,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], words: Sequence[Iterable[st
     size, places, ids = tokenizer.model_max_length, [], []
     for i, (prompt, known) in enumerate(zip(prompts, words, strict=True)):
         row: list[int] = []
-        for piece, is_word in _split(prompt, list(known)):
+        for piece, is_word in split_words(prompt, list(known)):
             if is_word:
                 places.append((i, 1 + len(row), piece))
                 row.append(tokenizer.bos_token_id)  # any id: the embedding looked up here is replaced
@@ -136,7 +136,7 @@ class Concept:
     def check_prompt(self, prompt: str) -> None:
         """Raise ValueError if the prompt has none of the modifier tokens."""
         words = list(self.modifier_tokens)
-        if words and not _names(prompt, words):
+        if words and not mentions(prompt, words):
             raise ValueError(
                 f"prompt {prompt!r} has no modifier token of its concept ({', '.join(words)}); write "
                 f"{words[0]} where the subject is named, as in 'photo of a {words[0]} dog'"
@@ -184,7 +184,7 @@ def match(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[Concept |
     nameless = [concept for concept in concepts if not concept.modifier_tokens]
     found: list[Concept | None] = []
     for prompt in prompts:
-        fit = [concept for concept in concepts if _names(prompt, list(concept.modifier_tokens))] or nameless
+        fit = [concept for concept in concepts if mentions(prompt, list(concept.modifier_tokens))] or nameless
         if len(fit) > 1:
             raise ValueError(
                 f"prompt {prompt!r} fits {len(fit)} concepts ({'; '.join(map(str, fit))}): merge them "
@@ -194,7 +194,7 @@ def match(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[Concept |
     return found
 
 
-def _split(prompt: str, words: list[str]) -> list[tuple[str, bool]]:
+def split_words(prompt: str, words: list[str]) -> list[tuple[str, bool]]:
     """``prompt`` in pieces of (text, False) and (modifier token, True)."""
     if not isinstance(prompt, str):
         raise TypeError(f"prompts must be strings, got {type(prompt).__name__}")
@@ -206,6 +206,11 @@ def _split(prompt: str, words: list[str]) -> list[tuple[str, bool]]:
     return [(piece, i % 2 == 1) for i, piece in enumerate(re.split(f"({pattern})", prompt))]
 
 
+def mentions(prompt: str, words: list[str]) -> bool:
+    """Whether ``prompt`` has one of the modifier tokens as a word of its own."""
+    return any(is_word for _, is_word in split_words(prompt, words))
+
+
 def _hash_key(dtype: torch.dtype) -> str:
     # KVStack.hash rounds to float16: equal for float32 and float16 loads of one file, not for bfloat16 ones
     return "base_hash_bfloat16" if dtype == torch.bfloat16 else "base_hash"
@@ -215,7 +220,3 @@ def _token_id(tokenizer: Any, word: str) -> int | None:
     """The id of ``word`` where it is one token."""
     ids = tokenizer(word, add_special_tokens=False).input_ids
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
-
-
-def _names(prompt: str, words: list[str]) -> bool:
-    return any(is_word for _, is_word in _split(prompt, words))

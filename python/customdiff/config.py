@@ -71,7 +71,7 @@ class TrainConfig:
     overwrite: bool = option(False, help="replace --output if it exists")
 
     def __post_init__(self) -> None:
-        from .concept import _names  # here: torch is not needed to describe the options
+        from .concept import mentions  # here: torch is not needed to describe the options
 
         if self.modifier_token.split() != [self.modifier_token]:
             raise ValueError(f"modifier_token must be one word, as '<new1>', got {self.modifier_token!r}")
@@ -83,7 +83,7 @@ class TrainConfig:
                 f'prompts is empty; give at least one, as "photo of a {self.modifier_token} dog"'
             )
         for prompt in self.prompts:
-            if not _names(prompt, [self.modifier_token]):
+            if not mentions(prompt, [self.modifier_token]):
                 raise ValueError(
                     f"prompt {prompt!r} has no modifier token {self.modifier_token!r} as a word of its own; "
                     f'write "photo of a {self.modifier_token} dog", or name another modifier_token'

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .base import without_bars
-from .concept import _split
+from .concept import split_words
 
 BATCH = 32
 
@@ -67,7 +67,7 @@ class Clip:
 
 def without_modifiers(prompt: str, modifier_tokens: Iterable[str]) -> str:
     """`prompt` without the modifier tokens: "photo of a <new1> dog" becomes "photo of a dog"."""
-    kept = [piece for piece, is_word in _split(prompt, list(modifier_tokens)) if not is_word]
+    kept = [piece for piece, is_word in split_words(prompt, list(modifier_tokens)) if not is_word]
     return " ".join(" ".join(kept).split())
 
 

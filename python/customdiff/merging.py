@@ -11,7 +11,7 @@ from torch import Tensor
 
 import customdiff_kernels as ck
 
-from .concept import Concept, Rows, _names, _split, base_metadata, encode, tokenize
+from .concept import Concept, Rows, base_metadata, encode, mentions, split_words, tokenize
 
 TEXT_BATCH = 64
 # Text features come out of a layer normalization, so one direction of the text width is all but empty.
@@ -75,7 +75,7 @@ def merge(
         )
     for concept, texts in zip(concepts, prompts, strict=True):
         for word in concept.modifier_tokens:
-            if not any(_names(text, [word]) for text in texts):
+            if not any(mentions(text, [word]) for text in texts):
                 raise ValueError(
                     f"no prompt of concept {concept} names its modifier token {word}, which the merge would "
                     f"lose; give prompts= with one that does, as in 'photo of a {word} dog'"
@@ -156,7 +156,7 @@ def regularization_features(pipeline: Any, captions: Sequence[str]) -> Tensor:
 def _first_prompts(concept: Concept) -> list[str]:
     """For every modifier token the first training prompt that names it, where there is one."""
     prompts = training_prompts(concept)
-    naming = [[prompt for prompt in prompts if _names(prompt, [word])] for word in concept.modifier_tokens]
+    naming = [[prompt for prompt in prompts if mentions(prompt, [word])] for word in concept.modifier_tokens]
     return list(dict.fromkeys(found[0] for found in naming if found))
 
 
@@ -183,7 +183,7 @@ def _warn_of_drift(report: ck.MergeReport, targets: int, width: int) -> None:
 def _rename(concept: Concept, new: dict[str, str]) -> Concept:
     metadata = dict(concept.metadata)
     if new and metadata.keys() & {"prompt", "prompts"}:
-        parts = [_split(prompt, list(new)) for prompt in training_prompts(concept)]
+        parts = [split_words(prompt, list(new)) for prompt in training_prompts(concept)]
         prompts = ["".join(new[text] if is_word else text for text, is_word in part) for part in parts]
         metadata |= {"prompt": prompts[0], "prompts": prompts}
     rows = {new[word]: row for word, row in concept.modifier_tokens.items()}

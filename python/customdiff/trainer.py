@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import customdiff_kernels as ck
-import tinysd
 
 from . import data
-from .base import base_name, load_base
-from .concept import Concept, Rows, _names, base_metadata, encode_prompts
+from .base import EMBEDDED, is_embedded, load_base
+from .concept import Concept, Rows, base_metadata, encode_prompts, mentions
 from .config import TrainConfig
 
 FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
@@ -115,7 +114,7 @@ class Pictures:
             return cls(concept, [], [])
         regularization, captions = data.read_captioned(config.regularization)
         for caption in captions:
-            if _names(caption, [config.modifier_token]):
+            if mentions(caption, [config.modifier_token]):
                 raise ValueError(
                     f"regularization caption {caption!r} holds the modifier token {config.modifier_token!r}; "
                     "these pictures stand for what the base knows already, so caption them without it"
@@ -138,8 +137,8 @@ class Training:
             )
         self.device = pipeline.unet.device
         source = pipeline.name_or_path or config.base or "unnamed"
-        self.embedded = Path(source).resolve() == Path(tinysd.path()).resolve()
-        self.base_name = base_name(None if self.embedded else str(source))
+        self.embedded = is_embedded(source)
+        self.base_name = EMBEDDED if self.embedded else Path(source).resolve().name
         self.generator = torch.Generator().manual_seed(config.seed)
 
         self.base = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
