@@ -212,6 +212,19 @@ def test_merge_renames_a_shared_token_and_keeps_each_concepts_values(root, run, 
         assert (features @ stack.weight.T - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
 
+def test_merge_takes_prompts_with_both(root, run, tmp_path):
+    files = "{root}/a.safetensors {root}/b.safetensors --base {root}/base --captions {root}/captions.txt"
+    ranks = []
+    for name, more in (("alone", ()), ("together", ("--together", "a <new1> dog and a <new2> cat"))):
+        status, _, err = run(f"merge {files} --no-padding --output {tmp_path}/{name}", *more)
+        assert status == 0, err
+        delta = Concept.load(tmp_path / name).delta
+        ranks.append(delta.rank(next(iter(delta.factors))))
+    assert ranks == [4, 8], "two words of each, alone and together"
+    status, _, err = run(f"merge {files} --output {tmp_path}/x", "--together", "a <new3> dog")
+    assert status == 2 and "<new3>" in err and not (tmp_path / "x").exists()
+
+
 def test_compress_and_inspect(root, run, tmp_path):
     small = tmp_path / "small.safetensors"
     status, out, err = run(f"compress {{root}}/a.safetensors --rank 1 --output {small}")

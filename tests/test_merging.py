@@ -128,6 +128,8 @@ def test_bad_input(pipe, concepts):
         merge(concepts, pipe, CAPTIONS, prompts=[["<new1>", "a dog"], ["<new2>"]])
     with pytest.raises(ValueError, match="no prompt of concept <new2> names its modifier token <new2>"):
         merge(concepts, pipe, CAPTIONS, prompts=[["<new1>"], []])
+    with pytest.raises(ValueError, match="together: 'a dog' has none of the modifier tokens <new1>, <new2>"):
+        merge(concepts, pipe, CAPTIONS, prompts=[["<new1>"], ["<new2>"]], together="a dog")
     with pytest.raises(ValueError, match=r"concepts\[1\] has no modifier token"):
         merge([first, Concept(second.delta)], pipe, CAPTIONS)
     with pytest.raises(ValueError, match="captions must hold at least one caption"):
@@ -153,3 +155,37 @@ def test_renamed_prompts_name_the_new_tokens(pipe):
 def test_the_start_token_regularizes_nothing(pipe):
     """Its features are alike in all captions, and frozen: it counts among neither rows."""
     assert regularization_features(pipe, CAPTIONS).shape == (len(CAPTIONS) * (tiny_pipeline.LENGTH - 1), 32)
+
+
+def test_each_concept_stays_itself_where_a_prompt_names_both(pipe, concepts):
+    """In "... <new1> dog ... <new2> dog" each keeps its own values at its two words, and at no others."""
+    prompts, both = [["a <new1> dog"], ["a <new2> dog"]], "<new1> dog and a <new2> dog on the grass"
+    merged, _ = merge(concepts, pipe, CAPTIONS, prompts=prompts, together=[both], padding=False)
+    stack = ck.KVStack.from_unet(pipe.unet)
+    weight = ck.reconstruct(stack, merged.delta).weight
+    tokens = merging.tokenize(pipe.tokenizer, [both], [merged.modifier_tokens])
+    context = merging.encode(pipe.text_encoder, tokens, [merged.modifier_tokens])[0].detach()
+    for concept, words in zip(concepts, (slice(1, 3), slice(5, 7)), strict=True):
+        own = context @ ck.reconstruct(stack, concept.delta).weight.T
+        error = (context @ weight.T - own).norm(dim=1) / own.norm(dim=1)
+        assert error[words].max() < 1e-3
+        outside = torch.ones(len(error), dtype=torch.bool)
+        outside[words] = False
+        assert error[outside][1:].min() > 1e-2
+    without, report = merge(concepts, pipe, CAPTIONS, prompts=prompts, padding=False)
+    features = context[5:7]
+    wanted = features @ ck.reconstruct(stack, concepts[1].delta).weight.T
+    missed = features @ ck.reconstruct(stack, without.delta).weight.T - wanted
+    assert missed.norm() > 1e-2 * wanted.norm(), "alone and beside another are two features"
+    assert [len(rows) for rows in report.residual.values()] == [2, 2], "the words, not the padding"
+
+
+def test_a_phrase_is_followed_as_far_as_the_prompt_together_follows_it(pipe, concepts):
+    rows = concepts[0].modifier_tokens | concepts[1].modifier_tokens
+    given = ["a <new1> dog on the grass"]
+    for together, count in ((["<new1> dog on the beach"], 4), (["<new2> and <new1> cup", "a <new1> dog"], 3)):
+        found = merging.features_together(pipe, together, given, concepts[0].modifier_tokens, rows)
+        assert len(found) == count
+    assert (
+        len(merging.features_together(pipe, ["a <new2> cup"], given, concepts[0].modifier_tokens, rows)) == 0
+    )

@@ -42,6 +42,7 @@ MERGE_EXAMPLES = """Modifier tokens that two files share are renamed, and the ne
 examples:
   customdiff merge dog.safetensors cat.safetensors --output both.safetensors
   customdiff merge dog.safetensors cat.safetensors --base sd15/ --captions captions.txt --output both
+  customdiff merge dog.safetensors cat.safetensors --together "a <new1> dog and a <new2> cat" --output both
 """
 COMPRESS_EXAMPLES = """examples:
   customdiff compress dog.safetensors --energy 0.6 --output small.safetensors     the paper's "top 60%"
@@ -125,6 +126,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="ordinary captions on which the base is to stay as it is: .txt (one a line), .csv, .jsonl or a "
         "captioned folder; about 1000 (default: of the embedded base's world)",
+    )
+    merge.add_argument(
+        "--together",
+        nargs="+",
+        default=(),
+        metavar="TEXT",
+        help="prompts with several of the concepts, in which each is to stay itself, by the names that the "
+        'merge gives them: "photo of a <new1> dog and a <new2> cat"',
+    )
+    merge.add_argument(
+        "--no-padding",
+        dest="padding",
+        action="store_false",
+        help="hold the concepts' words alone, not the padding after them: for a base with a narrow text",
     )
     merge.add_argument(
         "--ridge", type=_ridge, default=1e-6, help="of the solver: a share, or auto (default: 1e-6)"
@@ -231,7 +246,14 @@ def _merge(options: argparse.Namespace) -> None:
         )
     concepts, changes = renamed(loaded)
     base = load_base(options.base, options.device)
-    merged, report = merge(concepts, base, captions, ridge=options.ridge)
+    merged, report = merge(
+        concepts,
+        base,
+        captions,
+        together=options.together,
+        padding=options.padding,
+        ridge=options.ridge,
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     merged.save(output)
     for index, old, new in changes:

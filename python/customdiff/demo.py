@@ -38,7 +38,6 @@ INITIALIZERS = {"<new1>": "ktn", "<new2>": "pll"}
 PLACES = ("on the grass", "on the beach", "in the snow", "in the room")
 GUIDANCE_SCALE = 4.0
 SHARE_OF_BYTES = 0.2
-ALIKE = 0.1  # in a text of 128 numbers: nearer than this share of their norm, target tokens are merged as one
 LEGEND = """
 image, text: CLIP alignment with the concept's pictures, with the prompt. gap: share of the way from the
 base's samples to true pictures that were not trained on. seen: share of samples in which a detector finds the
@@ -188,7 +187,7 @@ class Demo:
         started = time.perf_counter()
         captions = embedded_captions(self.effort.captions, self.seed)
         merged, report = merge(
-            list(learned.values()), self.pipeline, captions, on_conflict="average", tolerance=ALIKE
+            list(learned.values()), self.pipeline, captions, together=[self.pair_prompt(True)], padding=False
         )
         merged.save(self.file("merged"))
         seconds = time.perf_counter() - started
@@ -211,15 +210,18 @@ class Demo:
             name, {w: pictures[s] for w, s in parts.items()}, {w: prompts[s] for w, s in parts.items()}
         )
 
-    def sample_pairs(self, merged: Concept | None) -> list[Image.Image]:
-        """Both concepts in one picture."""
+    def pair_prompt(self, named: bool) -> str:
+        """For both concepts in one picture, with their modifier tokens or without."""
         nouns = [
-            ("" if merged is None else f"{word} ") + subject.category
+            f"{word} {subject.category}" if named else subject.category
             for word, subject in self.subjects.items()
         ]
-        prompts = [
-            f"photo of a {nouns[0]} and a {nouns[1]} {p}" for p in PLACES for _ in range(self.effort.count)
-        ]
+        return f"photo of a {nouns[0]} and a {nouns[1]}"
+
+    def sample_pairs(self, merged: Concept | None) -> list[Image.Image]:
+        """Both concepts in one picture."""
+        text = self.pair_prompt(merged is not None)
+        prompts = [f"{text} {place}" for place in PLACES for _ in range(self.effort.count)]
         return self._pictures(prompts, [merged] * len(prompts))
 
     def _pictures(self, prompts: list[str], concepts: list[Concept | None]) -> list[Image.Image]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import customdiff_kernels as ck
 
-from .concept import Concept, Rows, base_metadata, encode, mentions, split_words, tokenize
+from .concept import Concept, Rows, Tokens, base_metadata, encode, mentions, split_words, tokenize
 
 TEXT_BATCH = 64
 # Text features come out of a layer normalization, so one direction of the text width is all but empty.
@@ -25,6 +25,8 @@ def merge(
     captions: Sequence[str],
     *,
     prompts: Sequence[Sequence[str]] | None = None,
+    together: str | Sequence[str] = (),
+    padding: bool = True,
     ridge: float | str = RIDGE,
     on_conflict: str = "error",
     tolerance: float = 1e-3,
@@ -39,9 +41,13 @@ def merge(
             for each of them the first that it was trained with). Every token of every one must hold exactly:
             as many as the text is wide leave nothing free, and ordinary captions suffer, of which a
             UserWarning then tells.
-        on_conflict, tolerance: as for ``ck.MergeSolver.merge``. The padding has nearly the same features at
-            every place and after every prompt: to hold each apart takes large weights along the differences.
-            In a narrow text "average" and 0.1 hold them as one, at the mean of their values.
+        together: prompts that name several of the concepts, as "photo of a <new1> dog and a <new2> cat". To a
+            text encoder the second subject of a prompt is not what the same words are alone: here too each
+            modifier token, and the words after it that follow it in `prompts`, keeps its concept's values.
+        padding: whether the padding after `prompts` must hold too. Pictures attend to it, but it has nearly
+            the same features after every prompt, and to hold each apart takes large weights along the
+            differences: in a narrow text, leave it to the captions.
+        on_conflict, tolerance: as for ``ck.MergeSolver.merge``.
         ridge: as for ``ck.MergeSolver``; the default is below what the captions determine, above rounding.
 
     Returns:
@@ -50,7 +56,7 @@ def merge(
 
     Raises:
         ValueError: if concepts share a modifier token or have none, belong to another base or contradict one
-            another, if no prompt names a modifier token, or the captions hold too few different tokens.
+            another, if a prompt names no modifier token, or the captions hold too few different tokens.
     """
     if len(concepts) < 2:
         raise ValueError(f"concepts must be two or more to merge, got {len(concepts)}")
@@ -80,10 +86,14 @@ def merge(
                     f"no prompt of concept {concept} names its modifier token {word}, which the merge would "
                     f"lose; give prompts= with one that does, as in 'photo of a {word} dog'"
                 )
+    together = [together] if isinstance(together, str) else together
     solver = ck.MergeSolver(regularization_features(pipeline, captions), ridge=ridge)
     pairs = {}
     for concept, texts in zip(concepts, prompts, strict=True):
-        features = target_features(pipeline, texts, concept.modifier_tokens)
+        features = target_features(pipeline, texts, concept.modifier_tokens, padding=padding)
+        if together:
+            beside = features_together(pipeline, together, texts, concept.modifier_tokens, rows)
+            features = torch.cat([features, beside])
         pairs[str(concept)] = (_weights(stack, concept), features)
     first = concepts[0].metadata
     metadata = {
@@ -123,21 +133,56 @@ def training_prompts(concept: Concept) -> list[str]:
 
 
 @torch.no_grad()
-def target_features(pipeline: Any, prompts: Sequence[str], rows: Rows) -> Tensor:
-    """Text features (s,E) that must keep the concept's values: every token from the first modifier token on.
+def target_features(pipeline: Any, prompts: Sequence[str], rows: Rows, *, padding: bool = True) -> Tensor:
+    """Text features (s,E) that must keep the concept's values: every token from the first modifier token on,
+    with `padding` or without.
 
-    The padding is among them, since pictures attend to it. What stands before the modifier token is not: a
-    causal text encoder gives "photo of a" the same features in every prompt, and they cannot keep two values.
+    What stands before the modifier token is not among them: a causal text encoder gives "photo of a" the same
+    features in every prompt, and they cannot keep two values.
     """
     features = []
+    tokens, context = _encoded(pipeline, "prompts", prompts, rows)
+    for i in range(len(prompts)):
+        start = min(position for row, position, _ in tokens.places if row == i)
+        features.append(context[i, start : None if padding else _end(pipeline, tokens.ids[i])])
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def features_together(
+    pipeline: Any, together: Sequence[str], prompts: Sequence[str], own: Rows, rows: Rows
+) -> Tensor:
+    """Text features (s,E) of a concept's words in the prompts `together`, which name other concepts too.
+
+    Its words are each modifier token of `own`, and of what stands after it those that follow it in `prompts`.
+    """
+    alone, _ = _encoded(pipeline, "prompts", prompts, own)
+    phrases = {
+        word: alone.ids[i, position : _end(pipeline, alone.ids[i])] for i, position, word in alone.places
+    }
+    tokens, context = _encoded(pipeline, "together", together, rows)
+    features = [context[0, :0]]
+    for i, position, word in tokens.places:
+        if word in own:
+            here = tokens.ids[i, position : position + len(phrases[word])]
+            same = (here == phrases[word][: len(here)]).long().cumprod(0).sum()
+            features.append(context[i, position : position + same])
+    return torch.cat(features)
+
+
+def _encoded(pipeline: Any, argument: str, prompts: Sequence[str], rows: Rows) -> tuple[Tokens, Tensor]:
+    """Tokens and text features (B,S,E) of prompts that each name a modifier token."""
     tokens = tokenize(pipeline.tokenizer, prompts, [rows] * len(prompts))
-    context = encode(pipeline.text_encoder, tokens, [rows] * len(prompts))
-    for i, prompt in enumerate(prompts):
-        places = [position for row, position, _ in tokens.places if row == i]
-        if not places:
-            raise ValueError(f"prompts: {prompt!r} has none of the modifier tokens {', '.join(rows)}")
-        features.append(context[i, min(places) :])
-    return torch.cat(features).float()
+    for missing in set(range(len(prompts))) - {i for i, _, _ in tokens.places}:
+        raise ValueError(
+            f"{argument}: {prompts[missing]!r} has none of the modifier tokens {', '.join(rows)}"
+        )
+    return tokens, encode(pipeline.text_encoder, tokens, [rows] * len(prompts)).float()
+
+
+def _end(pipeline: Any, ids: Tensor) -> int:
+    """The position of the end token, after the words of a prompt."""
+    return 1 + int((ids[1:] == pipeline.tokenizer.eos_token_id).long().argmax())
 
 
 @torch.no_grad()
