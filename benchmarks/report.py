@@ -24,12 +24,15 @@ def machine_section(record: dict) -> str:
         + (f"; limits measured in the same run: {measured}." if measured else "."),
         f"Command: `{record['command']}`.",
         "",
+        "<details><summary>Every comparison</summary>",
+        "",
         "| operation | case | ours | peer | speed-up | of limit |",
         "|---|---|---|---|---|---|",
     ]
     rows = {(r["op"], r["case"], r["label"]): r for r in record["rows"]}
     ours = [r for r in record["rows"] if r["label"].startswith("ours")]
-    return "\n".join(head + [_line(row, rows[row["op"], row["case"], row["baseline"]]) for row in ours])
+    lines = [_line(row, rows[row["op"], row["case"], row["baseline"]]) for row in ours]
+    return "\n".join([*head, *lines, "", "</details>"])
 
 
 def _line(row: dict, peer: dict) -> str:
