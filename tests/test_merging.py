@@ -102,7 +102,7 @@ def test_concepts_are_moved_to_where_the_base_is(pipe, monkeypatch, low_rank):
             return tiny_pipeline.concept(pipe, 2, low_rank=True).delta
 
         def report(self, stack, pairs, merged, **options):
-            return ck.MergeReport({}, 0.0, {}, 1.0, 1.0, 0.0, {})
+            return ck.MergeReport({}, 0.0, dict.fromkeys(pairs, 0.0), 1.0, 1.0, 0.0, {})
 
     for concept in concepts:
         concept.metadata = {}  # the hash of a base on the meta device would have to read it
@@ -157,35 +157,54 @@ def test_the_start_token_regularizes_nothing(pipe):
     assert regularization_features(pipe, CAPTIONS).shape == (len(CAPTIONS) * (tiny_pipeline.LENGTH - 1), 32)
 
 
+def context_of(pipe, prompt, rows):
+    tokens = merging.tokenize(pipe.tokenizer, [prompt], [rows])
+    return merging.encode(pipe.text_encoder, tokens, [rows])[0].detach()
+
+
 def test_each_concept_stays_itself_where_a_prompt_names_both(pipe, concepts):
-    """In "... <new1> dog ... <new2> dog" each keeps its own values at its two words, and at no others."""
-    prompts, both = [["a <new1> dog"], ["a <new2> dog"]], "<new1> dog and a <new2> dog on the grass"
-    merged, _ = merge(concepts, pipe, CAPTIONS, prompts=prompts, together=[both], padding=False)
+    """In "<new1> dog and a <new2> dog" each has its values of alone, moved as the base moves plain words."""
+    prompts, both = [["<new1> dog"], ["<new2> dog"]], "<new1> dog and a <new2> dog on the grass"
+    merged, report = merge(concepts, pipe, CAPTIONS, prompts=prompts, together=both, padding=False)
     stack = ck.KVStack.from_unet(pipe.unet)
     weight = ck.reconstruct(stack, merged.delta).weight
-    tokens = merging.tokenize(pipe.tokenizer, [both], [merged.modifier_tokens])
-    context = merging.encode(pipe.text_encoder, tokens, [merged.modifier_tokens])[0].detach()
-    for concept, words in zip(concepts, (slice(1, 3), slice(5, 7)), strict=True):
-        own = context @ ck.reconstruct(stack, concept.delta).weight.T
-        error = (context @ weight.T - own).norm(dim=1) / own.norm(dim=1)
-        assert error[words].max() < 1e-3
-        outside = torch.ones(len(error), dtype=torch.bool)
-        outside[words] = False
-        assert error[outside][1:].min() > 1e-2
-    without, report = merge(concepts, pipe, CAPTIONS, prompts=prompts, padding=False)
-    features = context[5:7]
-    wanted = features @ ck.reconstruct(stack, concepts[1].delta).weight.T
-    missed = features @ ck.reconstruct(stack, without.delta).weight.T - wanted
-    assert missed.norm() > 1e-2 * wanted.norm(), "alone and beside another are two features"
-    assert [len(rows) for rows in report.residual.values()] == [2, 2], "the words, not the padding"
+    context = context_of(pipe, both, merged.modifier_tokens)
+    for concept, texts, words in zip(concepts, prompts, (slice(1, 3), slice(5, 7)), strict=True):
+        own, rows = ck.reconstruct(stack, concept.delta).weight, concept.modifier_tokens
+        alone, beside, shift = merging.words_together(pipe, [both], texts, rows, merged.modifier_tokens)
+        assert torch.equal(alone, context_of(pipe, texts[0], rows)[1:3])
+        assert torch.equal(beside, context[words])
+        assert (shift.abs().max() < 1e-5) == (words.start == 1), "the first subject stands where it stood"
+        wanted = alone @ own.T + shift @ stack.weight.T
+        assert (context[words] @ weight.T - wanted).norm() < 1e-3 * wanted.norm()
+        untouched = context[words] @ stack.weight.T
+        assert (untouched - wanted).norm() > 1e-2 * wanted.norm()
+    assert [len(rows) for rows in report.residual.values()] == [2, 2, 2, 2], "the words, not the padding"
+
+
+def test_the_shift_is_that_of_ordinary_words(pipe, concepts):
+    """Drawn words tell what the whole vocabulary's mean is."""
+    rows = concepts[0].modifier_tokens | concepts[1].modifier_tokens
+    both, alone = "a <new1> dog and a <new2> dog", "a <new2> dog"
+    _, _, shift = merging.words_together(pipe, [both], [alone], concepts[1].modifier_tokens, rows)
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
+    moves = [
+        context_of(pipe, both, {"<new1>": table[-1 - i], "<new2>": row})[6:8]
+        - context_of(pipe, alone, {"<new2>": row})[2:4]
+        for i, row in enumerate(table)
+    ]
+    mean = torch.stack(moves).mean(0)
+    assert (shift - mean).norm() < 0.5 * mean.norm() and mean.norm() > 1e-2
 
 
 def test_a_phrase_is_followed_as_far_as_the_prompt_together_follows_it(pipe, concepts):
-    rows = concepts[0].modifier_tokens | concepts[1].modifier_tokens
+    own = concepts[0].modifier_tokens
+    rows = own | concepts[1].modifier_tokens
     given = ["a <new1> dog on the grass"]
-    for together, count in ((["<new1> dog on the beach"], 4), (["<new2> and <new1> cup", "a <new1> dog"], 3)):
-        found = merging.features_together(pipe, together, given, concepts[0].modifier_tokens, rows)
-        assert len(found) == count
-    assert (
-        len(merging.features_together(pipe, ["a <new2> cup"], given, concepts[0].modifier_tokens, rows)) == 0
-    )
+    for together, count in (
+        (["<new1> dog on the beach"], 4),
+        (["<new2> and <new1> cup", "a <new1> dog"], 3),
+        (["a <new2> cup"], 0),
+    ):
+        parts = merging.words_together(pipe, together, given, own, rows)
+        assert [len(part) for part in parts] == [count] * 3

@@ -12,11 +12,15 @@ from torch import Tensor
 import customdiff_kernels as ck
 
 from .concept import Concept, Rows, Tokens, base_metadata, encode, mentions, split_words, tokenize
+from .sampler import project
 
 TEXT_BATCH = 64
 # Text features come out of a layer normalization, so one direction of the text width is all but empty.
 # Without a ridge the answer is large along it, which float32 cannot hold: residuals of 1e-1 instead of 1e-5.
 RIDGE = 1e-6
+ORDINARY_WORDS = (
+    32  # of the vocabulary, over which the move from one place of a prompt to another is averaged
+)
 
 
 def merge(
@@ -42,8 +46,9 @@ def merge(
             as many as the text is wide leave nothing free, and ordinary captions suffer, of which a
             UserWarning then tells.
         together: prompts that name several of the concepts, as "photo of a <new1> dog and a <new2> cat". To a
-            text encoder the second subject of a prompt is not what the same words are alone: here too each
-            modifier token, and the words after it that follow it in `prompts`, keeps its concept's values.
+            text encoder the second subject of a prompt is not what the same words are alone, and no concept
+            was trained on it: there each concept's words keep the values that they have alone, moved as the
+            base moves those of ordinary words (see ``words_together``).
         padding: whether the padding after `prompts` must hold too. Pictures attend to it, but it has nearly
             the same features after every prompt, and to hold each apart takes large weights along the
             differences: in a narrow text, leave it to the captions.
@@ -91,10 +96,13 @@ def merge(
     pairs = {}
     for concept, texts in zip(concepts, prompts, strict=True):
         features = target_features(pipeline, texts, concept.modifier_tokens, padding=padding)
-        if together:
-            beside = features_together(pipeline, together, texts, concept.modifier_tokens, rows)
-            features = torch.cat([features, beside])
         pairs[str(concept)] = (_weights(stack, concept), features)
+    names = list(pairs)
+    for concept, texts in zip(concepts, prompts, strict=True) if together else ():
+        alone, beside, shift = words_together(pipeline, together, texts, concept.modifier_tokens, rows)
+        if len(beside):
+            change = project(stack, alone[None], [concept])[0] + (shift - beside) @ stack.weight.T
+            pairs[f"{concept} together"] = (_holding(stack, beside, change), beside)
     first = concepts[0].metadata
     metadata = {
         **base_metadata(stack),
@@ -105,7 +113,8 @@ def merge(
     alike: dict[str, Any] = {"on_conflict": on_conflict, "tolerance": tolerance}
     delta = solver.merge(stack, pairs, **alike)
     report = solver.report(stack, pairs, delta, **alike)
-    _warn_of_drift(report, sum(len(features) for _, features in pairs.values()), stack.weight.shape[1])
+    added = sum(report.concept_drift[name] for name in names)
+    _warn_of_drift(report.drift, added, sum(len(f) for _, f in pairs.values()), stack.weight.shape[1])
     return Concept(delta.to("cpu"), rows, metadata), report
 
 
@@ -149,25 +158,55 @@ def target_features(pipeline: Any, prompts: Sequence[str], rows: Rows, *, paddin
 
 
 @torch.no_grad()
-def features_together(
+def words_together(
     pipeline: Any, together: Sequence[str], prompts: Sequence[str], own: Rows, rows: Rows
-) -> Tensor:
-    """Text features (s,E) of a concept's words in the prompts `together`, which name other concepts too.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A concept's words in the prompts `together`, which name other concepts too.
 
-    Its words are each modifier token of `own`, and of what stands after it those that follow it in `prompts`.
+    They are each modifier token of `own`, and of what stands after it the words that follow it in `prompts`.
+
+    Returns:
+        three (s,E): their text features alone, in `prompts`; in `together`; and how far ordinary words move
+        from the one place to the other: the mean over words of the vocabulary in place of all modifier
+        tokens. One word moves much as another does, but a learned token, far from all words, does not.
     """
-    alone, _ = _encoded(pipeline, "prompts", prompts, own)
-    phrases = {
-        word: alone.ids[i, position : _end(pipeline, alone.ids[i])] for i, position, word in alone.places
-    }
+    alone, alone_context = _encoded(pipeline, "prompts", prompts, own)
     tokens, context = _encoded(pipeline, "together", together, rows)
-    features = [context[0, :0]]
+    starts = {word: (i, position) for i, position, word in reversed(alone.places)}
+    here, there = [], []  # (prompt, position) of every word, alone and together
     for i, position, word in tokens.places:
         if word in own:
-            here = tokens.ids[i, position : position + len(phrases[word])]
-            same = (here == phrases[word][: len(here)]).long().cumprod(0).sum()
-            features.append(context[i, position : position + same])
-    return torch.cat(features)
+            j, start = starts[word]
+            phrase = alone.ids[j, start : _end(pipeline, alone.ids[j])]
+            found = tokens.ids[i, position : position + len(phrase)]
+            same = int((found == phrase[: len(found)]).long().cumprod(0).sum())
+            here += [(j, start + k) for k in range(same)]
+            there += [(i, position + k) for k in range(same)]
+    if not here:
+        return (alone_context[0, :0],) * 3
+
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    generator, shift = torch.Generator().manual_seed(0), 0.0
+    for _ in range(ORDINARY_WORDS):
+        ids = torch.randint(len(table), (len(rows),), generator=generator).tolist()
+        words = {word: table[i] for word, i in zip(rows, ids, strict=True)}
+        moved = (
+            _encoded(pipeline, "together", together, words)[1],
+            _encoded(pipeline, "prompts", prompts, words)[1],
+        )
+        shift = shift + moved[0][_index(there)] - moved[1][_index(here)]
+    return alone_context[_index(here)], context[_index(there)], shift / ORDINARY_WORDS
+
+
+def _index(places: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    prompts, positions = zip(*places, strict=True)
+    return list(prompts), list(positions)
+
+
+def _holding(stack: ck.KVStack, features: Tensor, change: Tensor) -> ck.LowRankDelta:
+    """The smallest change of the weights by which the values at features (s,E) change by (s,R)."""
+    v = torch.linalg.pinv(features.double()).T.float()
+    return ck.LowRankDelta(stack.segments, {name: (change[:, a:b].T, v) for name, a, b in stack.segments})
 
 
 def _encoded(pipeline: Any, argument: str, prompts: Sequence[str], rows: Rows) -> tuple[Tokens, Tensor]:
@@ -213,12 +252,11 @@ def _weights(stack: ck.KVStack, concept: Concept) -> ck.KVStack | ck.LowRankDelt
     return ck.reconstruct(stack, {name: change.to(device) for name, change in delta.items()})
 
 
-def _warn_of_drift(report: ck.MergeReport, targets: int, width: int) -> None:
+def _warn_of_drift(drift: float, added: float, targets: int, width: int) -> None:
     """A merge that moves ordinary captions further than the concepts' changes, added up, is no gain."""
-    added = sum(report.concept_drift.values())
-    if report.drift > added:
+    if drift > added:
         warnings.warn(
-            f"the merge moves the keys and values of ordinary captions by {report.drift:.0%}, adding up the "
+            f"the merge moves the keys and values of ordinary captions by {drift:.0%}, adding up the "
             f"concepts' changes by at most {added:.0%}: {targets} target tokens leave too little free of a "
             f"text {width} wide; give fewer or shorter prompts, or merge fewer concepts",
             stacklevel=3,
