@@ -57,7 +57,7 @@ def merge(
 
     Returns:
         The merged concept on the CPU, and the report of how well it keeps the values asked for and what else
-        it moved.
+        it moved; what `together` asks of a concept stands there as "<new1> together".
 
     Raises:
         ValueError: if concepts share a modifier token or have none, belong to another base or contradict one
