@@ -63,34 +63,11 @@ def merge(
         ValueError: if concepts share a modifier token or have none, belong to another base or contradict one
             another, if a prompt names no modifier token, or the captions hold too few different tokens.
     """
-    if len(concepts) < 2:
-        raise ValueError(f"concepts must be two or more to merge, got {len(concepts)}")
-    rows: dict[str, Tensor] = {}
-    for i, concept in enumerate(concepts):
-        if not concept.modifier_tokens:
-            raise ValueError(
-                f"concepts[{i}] has no modifier token, by which a merge tells its prompts from others"
-            )
-        if shared := rows.keys() & concept.modifier_tokens.keys():
-            raise ValueError(
-                f"concepts share the modifier token {', '.join(shared)}: rename one (merging.renamed)"
-            )
-        rows |= concept.modifier_tokens
+    rows = _modifier_tokens(concepts)
     stack = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
     for concept in concepts:
         concept.check_base(stack)
-    prompts = [_first_prompts(concept) for concept in concepts] if prompts is None else prompts
-    if len(prompts) != len(concepts):
-        raise ValueError(
-            f"prompts must be a list for each of the {len(concepts)} concepts, got {len(prompts)}"
-        )
-    for concept, texts in zip(concepts, prompts, strict=True):
-        for word in concept.modifier_tokens:
-            if not any(mentions(text, [word]) for text in texts):
-                raise ValueError(
-                    f"no prompt of concept {concept} names its modifier token {word}, which the merge would "
-                    f"lose; give prompts= with one that does, as in 'photo of a {word} dog'"
-                )
+    prompts = _target_prompts(concepts, prompts)
     together = [together] if isinstance(together, str) else together
     solver = ck.MergeSolver(regularization_features(pipeline, captions), ridge=ridge)
     pairs = {}
@@ -242,6 +219,43 @@ def _first_prompts(concept: Concept) -> list[str]:
     prompts = training_prompts(concept)
     naming = [[prompt for prompt in prompts if mentions(prompt, [word])] for word in concept.modifier_tokens]
     return list(dict.fromkeys(found[0] for found in naming if found))
+
+
+def _modifier_tokens(concepts: Sequence[Concept]) -> dict[str, Tensor]:
+    """All concepts' modifier tokens and their rows; raises where a merge could not tell them apart."""
+    if len(concepts) < 2:
+        raise ValueError(f"concepts must be two or more to merge, got {len(concepts)}")
+    rows: dict[str, Tensor] = {}
+    for i, concept in enumerate(concepts):
+        if not concept.modifier_tokens:
+            raise ValueError(
+                f"concepts[{i}] has no modifier token, by which a merge tells its prompts from others"
+            )
+        if shared := rows.keys() & concept.modifier_tokens.keys():
+            raise ValueError(
+                f"concepts share the modifier token {', '.join(shared)}: rename one (merging.renamed)"
+            )
+        rows |= concept.modifier_tokens
+    return rows
+
+
+def _target_prompts(
+    concepts: Sequence[Concept], prompts: Sequence[Sequence[str]] | None
+) -> Sequence[Sequence[str]]:
+    """The target captions of each concept; raises where they leave a modifier token out."""
+    prompts = [_first_prompts(concept) for concept in concepts] if prompts is None else prompts
+    if len(prompts) != len(concepts):
+        raise ValueError(
+            f"prompts must be a list for each of the {len(concepts)} concepts, got {len(prompts)}"
+        )
+    for concept, texts in zip(concepts, prompts, strict=True):
+        for word in concept.modifier_tokens:
+            if not any(mentions(text, [word]) for text in texts):
+                raise ValueError(
+                    f"no prompt of concept {concept} names its modifier token {word}, which the merge would "
+                    f"lose; give prompts= with one that does, as in 'photo of a {word} dog'"
+                )
+    return prompts
 
 
 def _weights(stack: ck.KVStack, concept: Concept) -> ck.KVStack | ck.LowRankDelta:
