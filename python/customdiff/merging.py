@@ -69,7 +69,6 @@ def merge(
         concept.check_base(stack)
     prompts = _target_prompts(concepts, prompts)
     together = [together] if isinstance(together, str) else together
-    solver = ck.MergeSolver(regularization_features(pipeline, captions), ridge=ridge)
     pairs = {}
     for concept, texts in zip(concepts, prompts, strict=True):
         features = target_features(pipeline, texts, concept.modifier_tokens, padding=padding)
@@ -87,6 +86,8 @@ def merge(
         "prompt": prompts[0][0],
         "prompts": [prompt for texts in prompts for prompt in texts],
     }
+    # after the prompts, which may be bad: about 1000 captions are the long part
+    solver = ck.MergeSolver(regularization_features(pipeline, captions), ridge=ridge)
     alike: dict[str, Any] = {"on_conflict": on_conflict, "tolerance": tolerance}
     delta = solver.merge(stack, pairs, **alike)
     report = solver.report(stack, pairs, delta, **alike)
