@@ -1,77 +1,31 @@
-"""One K/V-only training step: this library against diffusers' Custom Diffusion processors.
+"""One K/V-only training step of a UNet of SD's make: this library against diffusers' Custom Diffusion
+processors (their modules alone: ``bench_kv_block.py``).
 
-Forward and backward of the attention module alone, at the largest level of SD 1.x, and of a UNet of SD's
-make. Same weights, same inputs, same trainable matrices (to_k, to_v, start token detached); the gradient also
-flows to the hidden states, as it does in all layers but the first, and to the text, as it does for V*.
+Same weights, same inputs, same trainable matrices; the gradient also flows to the text, as it does for V*.
+
+    pytest benchmarks/bench_train_step.py --benchmark
 """
-
-import copy
 
 import pytest
 import torch
+from backends import ours
+from bench_cross_attention import BF16, FLOAT, name
+from bench_kv_block import processors, trained, with_processors
+from timing import DEVICE
 
 import customdiff_kernels as ck
 
 diffusers = pytest.importorskip("diffusers")
-from diffusers.models.attention_processor import (  # noqa: E402
-    Attention,
-    CustomDiffusionAttnProcessor,
-    CustomDiffusionAttnProcessor2_0,
-)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PEERS = {"diffusers": CustomDiffusionAttnProcessor, "diffusers 2_0": CustomDiffusionAttnProcessor2_0}
+SIZES = {  # batch, side of the latents, widths, heads (on a GPU 40 and 80 wide: SD 1.x), width of the text
+    "smoke": (2, 8, (32, 64), (2, 4), 32),
+    "cpu": (2, 32, (80, 160), (2, 4), 768),
+    "cuda": (4, 64, (320, 640), (8, 8), 768),
+}
 
 
-def with_processors(model: torch.nn.Module, cls: type) -> torch.nn.Module:
-    """A frozen copy of ``model`` with diffusers' processors, set as its training script sets them."""
-    model = copy.deepcopy(model).requires_grad_(False)
-    for name, attn in model.named_modules():
-        if not isinstance(attn, Attention):
-            continue
-        cross = name.endswith("attn2")
-        processor = cls(cross, False, attn.to_q.out_features, attn.cross_attention_dim if cross else None)
-        if cross:
-            for kind in ("to_k", "to_v"):
-                getattr(processor, f"{kind}_custom_diffusion").load_state_dict(
-                    getattr(attn, kind).state_dict()
-                )
-        attn.set_processor(processor.to(attn.to_q.weight.dtype))
-    return model
-
-
-def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_attention_block(compare, smoke, dtype):
-    batch, tokens, width, text = (1, 64, 40, 32) if smoke else (2, 4096, 320, 768)
-    block = torch.nn.ModuleDict(
-        {"attn2": Attention(width, cross_attention_dim=text, heads=8, dim_head=width // 8)}
-    ).to(dtype)
-    hidden = torch.randn(batch, tokens, width, dtype=dtype, requires_grad=True)
-    context = torch.randn(batch, 77, text, dtype=dtype, requires_grad=True)
-    direction = torch.randn_like(hidden)
-
-    def case(model):
-        inputs = [hidden, context, *trained(model)]
-        return lambda: torch.autograd.grad(model.attn2(hidden, context), inputs, direction)
-
-    cases = {label: case(with_processors(block, cls)) for label, cls in PEERS.items()}
-    ours = with_processors(block, CustomDiffusionAttnProcessor2_0)
-    ck.patch_unet(ours)
-    compare(
-        f"block {batch}x{tokens}x{width} {str(dtype).removeprefix('torch.')}",
-        {**cases, "ours, patch_unet": case(ours)},
-        baseline="diffusers 2_0",
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_train_step(compare, smoke, dtype):
-    widths, side, text = ((32, 64), 8, 32) if smoke else ((80, 160), 32, 768)
-    unet = diffusers.UNet2DConditionModel(
+def unet(side: int, widths: tuple[int, int], heads: tuple[int, int], text: int) -> torch.nn.Module:
+    return diffusers.UNet2DConditionModel(
         sample_size=side,
         block_out_channels=widths,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -79,12 +33,17 @@ def test_train_step(compare, smoke, dtype):
         layers_per_block=1,
         norm_num_groups=16,
         cross_attention_dim=text,
-        attention_head_dim=(2, 4),  # heads: 40 wide at full size, as in SD 1.x
+        attention_head_dim=heads,  # diffusers' name for their number
     ).requires_grad_(False)
-    unet = unet.to(dtype)
-    latents, context = torch.randn(2, 4, side, side, dtype=dtype), torch.randn(2, 77, text, dtype=dtype)
-    context.requires_grad_()
-    timesteps, noise = torch.tensor([100, 800]), torch.randn_like(latents)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=name)
+def test_train_step(compare, smoke, dtype):
+    batch, side, widths, heads, text = SIZES["smoke" if smoke else DEVICE]
+    model = unet(side, widths, heads, text).to(DEVICE, dtype)
+    latents = torch.randn(batch, 4, side, side, dtype=dtype, device=DEVICE)
+    context = torch.randn(batch, 77, text, dtype=dtype, device=DEVICE).requires_grad_()
+    timesteps, noise = torch.linspace(100, 800, batch, device=DEVICE).long(), torch.randn_like(latents)
 
     def step(model, inputs, kv=lambda: None):
         out = model(latents, timesteps, encoder_hidden_states=context, cross_attention_kwargs=kv()).sample
@@ -93,18 +52,18 @@ def test_train_step(compare, smoke, dtype):
     def case(model):
         return lambda: step(model, [context, *trained(model)])
 
-    cases = {label: case(with_processors(unet, cls)) for label, cls in PEERS.items()}
-    taken_over = with_processors(unet, CustomDiffusionAttnProcessor2_0)
+    cases = {label: case(with_processors(model, cls)) for label, cls in processors().items()}
+    taken_over = with_processors(model, processors()["diffusers 2_0"])
     ck.patch_unet(taken_over)
-    cases["ours, patch_unet"] = case(taken_over)
+    cases |= ours(case(taken_over), dtype, "patch_unet")
 
-    ck.patch_unet(unet)
-    stack = ck.KVStack.from_unet(unet)
+    ck.patch_unet(model)
+    stack = ck.KVStack.from_unet(model)
     weight = stack.weight.requires_grad_()
 
     def kv():
         return {"kv": stack.views(ck.kv_project(context, weight, frozen_tokens=1))}
 
-    cases["ours, stacked K/V"] = lambda: step(unet, [context, weight], kv)
-    shape = f"{side}x{side} widths {'-'.join(map(str, widths))}"
-    compare(f"UNet {shape} {str(dtype).removeprefix('torch.')}", cases, baseline="diffusers 2_0")
+    cases |= ours(lambda: step(model, [context, weight], kv), dtype, "stacked K/V")
+    shape = f"batch {batch} {side}x{side} widths {'-'.join(map(str, widths))}"
+    compare(f"UNet {shape} {name(dtype)}", cases, baseline="diffusers 2_0", memory=True)

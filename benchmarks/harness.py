@@ -6,25 +6,37 @@ order, and what is reported is the median time and the median of the per-round r
 
 import datetime
 import json
+import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from timing import (
+    CUDA,
+    device_sample,
+    evict,
+    host_sample,
+    measure_limit,
+    peak_bytes,
+    queue_seconds,
+    synchronize,
+)
 
 MIN_SAMPLE_SECONDS = 2e-3  # a sample shorter than this repeats the call
-FLUSH_BYTES = 128 << 20  # larger than any last-level cache met so far
 
 
 @dataclass
 class Row:
-    """One callable in one comparison. Times in microseconds, rates in 1e9 a second."""
+    """One callable in one comparison. Times in microseconds, rates and bytes in 1e9 and 1e6."""
 
     op: str
     case: str
@@ -34,33 +46,25 @@ class Row:
     baseline: str
     gflops: float | None = None
     gbytes: float | None = None
-    limit_share: float | None = (
-        None  # of the measured GEMM rate (flops given) or copy bandwidth (bytes given)
-    )
+    limit_share: float | None = None  # floor / time
+    floor_microseconds: float | None = None  # the slower of flops and bytes at the rates measured in this run
+    peak_mbytes: float | None = None  # most memory that a call held beside what stood before it
+    host_microseconds: float | None = None  # GPU only: until the call was queued
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _sample(call: Callable[[], object], repeats: int) -> float:
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    synchronize()
-    return (time.perf_counter() - start) / repeats
+def is_ours(label: str) -> bool:
+    return label.startswith("ours")
 
 
 class Harness:
     """Collects the rows of a run. With ``smoke`` every callable runs once and nothing is timed."""
 
-    def __init__(self, smoke: bool, rounds: int = 15, seconds: float = 4.0):
-        self.smoke, self.rounds, self.seconds = smoke, rounds, seconds
+    def __init__(self, smoke: bool, rounds: int | None = None, seconds: float = 4.0):
+        self.smoke, self.seconds = smoke, seconds
+        self.rounds = rounds or (50 if CUDA else 15)
         self.rows: list[Row] = []
+        self.left_out: list[dict[str, str]] = []  # op, case, label, reason
         self._limits: dict[str, float] = {}
-        self._flush: torch.Tensor | None = None
 
     def compare(
         self,
@@ -68,38 +72,87 @@ class Harness:
         case: str,
         cases: dict[str, Callable[[], object]],
         *,
-        baseline: str,
+        baseline: str | None = None,
         flops: float | None = None,
         bytes: float | None = None,
-        cold: bool = False,
+        dtype: torch.dtype = torch.float32,
+        cold: bool = CUDA,
+        memory: bool = CUDA,
     ) -> dict[str, float]:
         """Time ``cases`` against each other; returns the median seconds of each (empty in a smoke run).
 
-        ``flops``/``bytes``: the useful work of one call, for rates and the share of the machine's limit.
-        ``cold``: evict the caches before every sample. ``baseline`` names the peer that ratios refer to.
+        ``baseline``: the label that ratios refer to; without one the fastest that is not ours. A peer that
+        refuses the case is left out and noted. ``flops``/``bytes``: the useful work of one call, for rates
+        and the floor, with the matrix rate of ``dtype``. ``cold``: evict the caches before every sample.
+        ``memory``: also the peak of each.
         """
-        if baseline not in cases:
+        if baseline is not None and baseline not in cases:
             raise ValueError(f"baseline {baseline!r} is none of the cases {sorted(cases)}")
+        cases = self._runnable(op, case, cases, {baseline})
         if self.smoke:
-            for call in cases.values():
-                call()
             return {}
-        times = self._interleave(cases, cold)
+        peaks = {label: peak_bytes(call) / 1e6 for label, call in cases.items() if memory}
+        queue = {label: min(queue_seconds(call) for _ in range(3)) for label, call in cases.items() if CUDA}
+        times = self._interleave(cases, cold, queue)
         medians = {label: statistics.median(t) for label, t in times.items()}
+        if baseline is None:
+            baseline = min((label for label in cases if not is_ours(label)), key=medians.__getitem__)
+        floor = self._floor(flops, bytes, dtype)
         for label, seconds in medians.items():
             ratios = [b / t for b, t in zip(times[baseline], times[label], strict=True)]
-            gflops = flops / seconds / 1e9 if flops else None
-            gbytes = bytes / seconds / 1e9 if bytes else None
-            share = gflops / self.limit("gemm") if gflops else gbytes / self.limit("copy") if gbytes else None
-            speedup = statistics.median(ratios)
-            self.rows.append(Row(op, case, label, seconds * 1e6, speedup, baseline, gflops, gbytes, share))
+            self.rows.append(
+                Row(
+                    op,
+                    case,
+                    label,
+                    seconds * 1e6,
+                    statistics.median(ratios),
+                    baseline,
+                    gflops=flops / seconds / 1e9 if flops else None,
+                    gbytes=bytes / seconds / 1e9 if bytes else None,
+                    limit_share=floor / seconds if floor else None,
+                    floor_microseconds=floor * 1e6 if floor else None,
+                    peak_mbytes=peaks.get(label),
+                    host_microseconds=queue[label] * 1e6 if label in queue else None,
+                )
+            )
         return medians
 
-    def _interleave(self, cases: dict[str, Callable[[], object]], cold: bool) -> dict[str, list[float]]:
+    def _runnable(
+        self, op: str, case: str, cases: dict[str, Callable[[], object]], needed: Iterable[str | None]
+    ) -> dict[str, Callable[[], object]]:
+        """The cases that run; also their first call: compilation, first touch, lazy initialisation."""
+        found = {}
+        for label, call in cases.items():
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always")
+                try:
+                    call()
+                    synchronize()
+                    found[label] = call
+                except (RuntimeError, ValueError) as error:
+                    if is_ours(label) or label in needed:
+                        raise
+                    reason = _reason(error, [str(note.message) for note in notes])
+                    self.left_out.append({"op": op, "case": case, "label": label, "reason": reason})
+        return found
+
+    def _floor(self, flops: float | None, bytes: float | None, dtype: torch.dtype) -> float | None:
+        """The least seconds for that work, at the rates measured in this run."""
+        seconds = []
+        if flops:
+            seconds.append(flops / self.limit("gemm", dtype) / 1e9)
+        if bytes:
+            seconds.append(bytes / self.limit("copy") / 1e9)
+        return max(seconds, default=None)
+
+    def _interleave(
+        self, cases: dict[str, Callable[[], object]], cold: bool, queue: dict[str, float]
+    ) -> dict[str, list[float]]:
         repeats = {}
         for label, call in cases.items():
-            call()  # warm-up: first-touch, lazy initialisation
-            repeats[label] = 1 if cold else max(1, int(MIN_SAMPLE_SECONDS / max(_sample(call, 1), 1e-7)))
+            once = cold or CUDA
+            repeats[label] = 1 if once else max(1, int(MIN_SAMPLE_SECONDS / max(host_sample(call, 1), 1e-7)))
         times: dict[str, list[float]] = {label: [] for label in cases}
         order, end = list(cases), time.perf_counter() + self.seconds
         shuffle = random.Random(0).shuffle
@@ -109,39 +162,28 @@ class Harness:
             shuffle(order)
             for label in order:
                 if cold:
-                    self._evict()
-                times[label].append(_sample(cases[label], repeats[label]))
+                    evict()
+                if CUDA:
+                    times[label].append(device_sample(cases[label], queue[label]))
+                else:
+                    times[label].append(host_sample(cases[label], repeats[label]))
         return times
 
-    def _evict(self) -> None:
-        if self._flush is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._flush = torch.zeros(FLUSH_BYTES // 4, device=device)
-        self._flush.add_(1)
-
-    def limit(self, kind: str) -> float:
+    def limit(self, kind: str, dtype: torch.dtype = torch.float32) -> float:
         """This machine's own limit, measured once in this run.
 
-        ``gemm``: GFLOP/s of an fp32 matrix product at 2048; ``copy``: GB/s read and written, 256 MB.
+        ``gemm``: GFLOP/s of a matrix product in ``dtype``, 2048 wide (GPU 8192); ``copy``: GB/s read and
+        written, 256 MB (GPU 1 GB).
         """
-        if kind not in self._limits:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            if kind == "gemm":
-                a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
-                out, work = torch.empty_like(a), 2 * 2048**3
-                call = lambda: torch.mm(a, b, out=out)  # noqa: E731
-            elif kind == "copy":
-                a = torch.ones(64 << 20, device=device)
-                out, work = torch.empty_like(a), 2 * a.nbytes
-                call = lambda: out.copy_(a)  # noqa: E731
-            else:
-                raise ValueError(f"kind is 'gemm' or 'copy', not {kind!r}")
-            call()
-            self._limits[kind] = work / statistics.median(_sample(call, 1) for _ in range(9)) / 1e9
-        return self._limits[kind]
+        key = kind if kind == "copy" or dtype == torch.float32 else f"{kind}_{str(dtype).split('.')[1]}"
+        if key not in self._limits:
+            self._limits[key] = measure_limit(kind, dtype)
+        return self._limits[key]
 
     def record(self) -> dict:
         """Everything that a reader needs to trust the rows: machine, versions, commit, command, limits."""
+        units = {name: f"{name}_{'gbytes' if name == 'copy' else 'gflops'}" for name in self._limits}
+        limits = {"gemm_gflops": None, "copy_gbytes": None}
         return {
             "machine": machine_name(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -149,14 +191,23 @@ class Harness:
             "commit": _git_commit(),
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "cuda": torch.version.cuda if CUDA else None,
             "threads": torch.get_num_threads(),
-            "limits": {"gemm_gflops": self._limits.get("gemm"), "copy_gbytes": self._limits.get("copy")},
+            "limits": limits | {units[name]: rate for name, rate in self._limits.items()},
             "rows": [asdict(row) for row in self.rows],
+            "left_out": self.left_out,
         }
 
 
+def _reason(error: Exception, notes: list[str]) -> str:
+    """One line: what was warned beside the error, where SDPA says why it refuses; else the error's own."""
+    said = [note.partition("(Triggered")[0].strip() for note in notes]
+    said = [note for note in said if note and "not used because" not in note and "disabled" not in note]
+    return (said or [str(error).strip().partition("\n")[0]])[0][:200]
+
+
 def machine_name() -> str:
-    if torch.cuda.is_available():
+    if CUDA:
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -170,42 +221,51 @@ def machine_name() -> str:
 
 
 def _git_commit() -> str:
-    where = Path(__file__).parent
-    head = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True
-    )
-    return head.stdout.strip() or "unknown"
+    """Of this checkout; of a copy without git what ``CK_COMMIT`` says."""
+    if not shutil.which("git"):
+        return os.environ.get("CK_COMMIT", "unknown")
+    command = ["git", "describe", "--always", "--dirty"]
+    head = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return head.stdout.strip() or os.environ.get("CK_COMMIT", "unknown")
+
+
+COLUMNS = {  # of the table of one operation; one that no row has is left out
+    "case": lambda r: r.case,
+    "what": lambda r: r.label + (" (baseline)" if r.label == r.baseline else ""),
+    "µs": lambda r: _number(r.microseconds),
+    "× baseline": lambda r: f"{r.speedup:.2f}",
+    "GFLOP/s": lambda r: f"{r.gflops:,.0f}" if r.gflops else "",
+    "GB/s": lambda r: f"{r.gbytes:,.1f}" if r.gbytes else "",
+    "floor µs": lambda r: _number(r.floor_microseconds) if r.floor_microseconds else "",
+    "of limit": lambda r: f"{r.limit_share:.0%}" if r.limit_share else "",
+    "peak MB": lambda r: f"{r.peak_mbytes:,.1f}" if r.peak_mbytes is not None else "",
+    "host µs": lambda r: _number(r.host_microseconds) if r.host_microseconds else "",
+}
+
+
+def _number(microseconds: float) -> str:
+    return f"{microseconds:,.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
 
 
 def table(rows: list[Row]) -> str:
     """The rows of one operation as aligned text."""
-    head = ("case", "what", "µs", "× baseline", "GFLOP/s", "GB/s", "of limit")
-    lines = [head]
-    for r in rows:
-        lines.append(
-            (
-                r.case,
-                r.label + (" (baseline)" if r.label == r.baseline else ""),
-                f"{r.microseconds:,.0f}",
-                f"{r.speedup:.2f}",
-                f"{r.gflops:.0f}" if r.gflops else "",
-                f"{r.gbytes:.1f}" if r.gbytes else "",
-                f"{r.limit_share:.0%}" if r.limit_share else "",
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    columns = [[name, *map(cell, rows)] for name, cell in COLUMNS.items()]
+    columns = [column for column in columns if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
     return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in zip(*columns, strict=True)
     )
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Speed-up over the baseline, one bar a callable, one group a case."""
+    """Speed-up over the baseline, one bar a callable, one group a case; ours alone where there are many."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [r for r in rows if is_ours(r.label)] if len(rows) > 150 else rows
     cases = list(dict.fromkeys(r.case for r in rows))
     labels = list(dict.fromkeys(r.label for r in rows))
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.28 * len(rows)))
@@ -216,18 +276,25 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks([c + 0.4 - 0.4 / len(labels) for c in range(len(cases))], cases, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(f"speed-up over {rows[0].baseline}")
+    baselines = {r.baseline for r in rows}
+    axes.set_xlabel(f"speed-up over {baselines.pop() if len(baselines) == 1 else 'the fastest peer'}")
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
+def write_record(harness: Harness, folder: Path) -> Path:
+    """The run so far as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "benchmarks.json"
+    path.write_text(json.dumps(harness.record(), indent=1) + "\n")
+    return path
+
+
 def write(harness: Harness, folder: Path) -> list[Path]:
     """Write one JSON of the whole run and one plot an operation into ``folder``; returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "benchmarks.json"]
-    written[0].write_text(json.dumps(harness.record(), indent=1) + "\n")
+    written = [write_record(harness, folder)]
     for op in dict.fromkeys(r.op for r in harness.rows):
         path = folder / f"{op}.png"
         plot([r for r in harness.rows if r.op == op], path)
