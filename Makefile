@@ -1,35 +1,42 @@
-# make demo · make test · make bench · make lint: each sets up .venv first and needs nothing done by hand.
+# make demo · make test · make test-gpu · make bench · make lint: each sets up .venv first and needs nothing done by hand.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 RESULTS ?= out/benchmarks
+# The CUDA kernels take minutes to compile: only where a GPU is visible, or when asked.
+export CUSTOMDIFF_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
+INSTALLED := $(VENV)/installed-cuda-$(CUSTOMDIFF_CUDA)
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow test-gpu bench lint format clean
 
-demo: $(VENV)/installed
+demo: $(INSTALLED)
 	$(BIN)/python -m customdiff.demo --out out/demo
 
-test: $(VENV)/installed
+test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/installed
+test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-bench: $(VENV)/installed
+# The same tests on the GPU, every kernel under compute-sanitizer, and the benchmarks (benchmarks/gpu.sh).
+test-gpu: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/gpu.sh test sanitize
+
+bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/ --benchmark --out $(RESULTS)
 
-lint: $(VENV)/installed
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	$(BIN)/mypy
 
-format: $(VENV)/installed
+format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # torch first and pinned. Where there is no GPU its CPU build, from PyTorch's own index: PyPI's comes with
 # gigabytes of CUDA. An index that cannot be reached is passed over.
@@ -41,8 +48,9 @@ $(VENV)/torch:
 	$(BIN)/python -m pip install -q $(TORCH_OPTIONS) "$(TORCH)"
 	touch $@
 
-$(VENV)/installed: $(VENV)/torch $(SOURCES)
+$(INSTALLED): $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install -q -e ".[all,dev]"
+	rm -f $(VENV)/installed*
 	touch $@
 
 clean:

@@ -1,6 +1,8 @@
 """Builds the compiled module ``customdiff_kernels._C`` with CMake and Ninja; torch is not needed to build.
 
-``CMAKE_ARGS`` (extra arguments for the configure step) and ``CMAKE_BUILD_PARALLEL_LEVEL`` are honoured.
+``CUSTOMDIFF_CUDA=AUTO|ON|OFF`` says whether the CUDA kernels are built too: AUTO (default) where nvcc is
+found, ON always, OFF never. ``CMAKE_ARGS`` (extra arguments for the configure step, such as
+``-DCMAKE_CUDA_ARCHITECTURES=90``) and ``CMAKE_BUILD_PARALLEL_LEVEL`` are honoured.
 """
 
 import os
@@ -39,6 +41,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCUSTOMDIFF_CUDA={os.environ.get('CUSTOMDIFF_CUDA', 'AUTO').upper()}",
         ]  # fmt: skip
         if ninja:  # named on every run: an isolated build's ninja is gone by the next one
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

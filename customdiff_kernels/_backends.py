@@ -2,12 +2,13 @@
 
 | backend | module | runs |
 |---|---|---|
-| ``cpu`` | ``_native`` (compiled, ``csrc/cpu``) | CPU tensors |
-| ``triton`` | ``cross_attention/triton.py`` | CUDA tensors; forced, CPU ones under ``TRITON_INTERPRET=1`` |
+| ``cpu`` | ``cross_attention/cpu.py`` (compiled, ``csrc/cpu``) | CPU tensors |
+| ``cuda`` | ``cross_attention/cuda.py`` (compiled, ``csrc/cuda``) | CUDA tensors where built, sm_80 on |
+| ``triton`` | ``cross_attention/triton.py`` | other CUDA tensors; CPU ones under ``TRITON_INTERPRET=1`` |
 | ``reference`` | ``cross_attention/reference.py`` | anything, when forced |
 
-``CK_BACKEND=reference|cpu|triton`` forces one. There is no fallback: a backend that cannot run is an error
-that names the remedy.
+``CK_BACKEND=reference|cpu|cuda|triton`` forces one. What is forced and cannot run is an error that names the
+remedy.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import torch
 
 from . import _checks
 
-NAMES = ("reference", "cpu", "triton")
-CONTIGUOUS_ROWS = frozenset({"triton"})  # these read the head dimension with stride 1; the others any strides
+NAMES = ("reference", "cpu", "cuda", "triton")
+CONTIGUOUS_ROWS = frozenset(
+    {"cuda", "triton"}
+)  # these read the head dimension with stride 1; the others any strides
 BUILD = "pip install --no-build-isolation -e . in the source folder (or pip install . for a copy)"
 
 
@@ -48,13 +51,17 @@ def _choose(device: torch.device, dtype: torch.dtype, forced: str | None, interp
         if refusal:
             raise RuntimeError(f"CK_BACKEND={forced} cannot run: {refusal}")
         return Choice(forced, "CK_BACKEND forces it")
-    name = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-    if name is None:
+    candidates = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type)
+    if candidates is None:
         raise RuntimeError(f"no backend for {device.type} tensors; CK_BACKEND=reference runs plain PyTorch")
-    refusal = _refuses(name, device, dtype, interpreted)
-    if refusal:
-        raise RuntimeError(f"backend {name} ({device.type} tensors) cannot run: {refusal}")
-    return Choice(name, f"{device.type} tensors, {str(dtype).removeprefix('torch.')}")
+    refusals: list[str] = []
+    for name in candidates:
+        refusal = _refuses(name, device, dtype, interpreted)
+        if refusal is None:
+            reason = f"{device.type} tensors, {str(dtype).removeprefix('torch.')}"
+            return Choice(name, "; ".join([reason, *refusals]))
+        refusals.append(f"{name} cannot run: {refusal}")
+    raise RuntimeError(f"no backend for {device.type} tensors: {'; '.join(refusals)}")
 
 
 def _refuses(name: str, device: torch.device, dtype: torch.dtype, interpreted: bool) -> str | None:
@@ -63,6 +70,19 @@ def _refuses(name: str, device: torch.device, dtype: torch.dtype, interpreted: b
         if device.type != "cpu":
             return f"it takes CPU tensors, got {device.type}"
         return None if is_built() else f"the native library is not built; {BUILD}"
+    if name == "cuda":
+        if device.type != "cuda":
+            return f"it takes CUDA tensors, got {device.type}"
+        if dtype is torch.float64:
+            return "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
+        if not has_cuda():
+            return f"the CUDA kernels are not built; CUSTOMDIFF_CUDA=ON {BUILD}"
+        capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
+        return (
+            None
+            if capability >= (8, 0)
+            else f"it takes sm_80 and later, got sm_{capability[0]}{capability[1]}"
+        )
     if name == "triton":
         if device.type != "cuda" and not (device.type == "cpu" and interpreted):
             return f"it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1), got {device.type}"
@@ -81,6 +101,14 @@ def is_built() -> bool:
 
 
 @cache
+def has_cuda() -> bool:
+    """Whether the compiled module has the CUDA kernels."""
+    from . import _native
+
+    return bool(_native.build_info()["cuda"])
+
+
+@cache
 def has_triton() -> bool:
     """Whether a Triton is there that knows tuples in kernels (3.3, torch 2.7)."""
     if importlib.util.find_spec("triton") is None:
@@ -92,17 +120,8 @@ def has_triton() -> bool:
 @cache
 def load(name: str) -> ModuleType:
     """The module of a backend: ``attention_forward``, ``attention_backward`` and ``score_moments``."""
-    if name == "cpu":
-        from . import _native
-
-        return _native
-    if name == "triton":
-        from .cross_attention import triton
-
-        return triton
-    from .cross_attention import reference
-
-    return reference
+    package = f"{__package__}.cross_attention"
+    return importlib.import_module(f"{package}.{name}")
 
 
 def for_tensors(**tensors: torch.Tensor) -> ModuleType:

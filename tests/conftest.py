@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
+
+from customdiff_kernels import _backends
 
 # derandomize: a failure seen once is seen again. Function-scoped fixtures only set the environment here.
 hypothesis.settings.register_profile(
@@ -16,8 +22,19 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("repeatable")
 
+# What torch.use_deterministic_algorithms (`poison`) asks for on a GPU, before cuBLAS starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-BACKENDS = ["reference", "cpu", pytest.param("triton", marks=GPU)]
+NVCC = pytest.mark.skipif(not _backends.has_cuda(), reason="built without the CUDA kernels")
+# "cuda-shim": the CUDA kernels' own source, run on the CPU
+BACKENDS = [
+    "reference",
+    "cpu",
+    "cuda-shim",
+    pytest.param("cuda", marks=[*GPU, NVCC]),
+    pytest.param("triton", marks=GPU),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +45,43 @@ def seed() -> None:
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch) -> str:
     """Runs the test once with each backend forced; ``device`` says where its tensors live."""
-    monkeypatch.setenv("CK_BACKEND", request.param)
+    if request.param == "cuda-shim":
+        request.getfixturevalue("cuda_on_cpu")
+        choice = _backends.Choice("cuda", "its kernels run on the CPU")
+        monkeypatch.setattr(_backends, "choose", lambda device, dtype: choice)
+    else:
+        monkeypatch.setenv("CK_BACKEND", request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def cuda_shim():
+    """The compiled module of the CUDA kernels for the CPU (``native/cuda_shim``)."""
+    file = Path(__file__).resolve().parent / "native" / "cuda_shim" / "build.py"
+    spec = importlib.util.spec_from_file_location("cuda_shim_build", file)
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    if build.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    return build.load()
+
+
+@pytest.fixture
+def shim(cuda_shim):
+    """The same, and afterwards nothing is left out and threads run in the first order again."""
+    yield cuda_shim
+    cuda_shim.set_seed(0)
+    for sync in (cuda_shim.Sync.barrier, cuda_shim.Sync.warp_barrier, cuda_shim.Sync.copy_wait):
+        cuda_shim.set_dropped(sync, -1)
+
+
+@pytest.fixture
+def cuda_on_cpu(shim, monkeypatch):
+    """The ``cuda`` backend's functions, on tensors of the CPU."""
+    from customdiff_kernels.cross_attention import cuda
+
+    monkeypatch.setattr(cuda, "module", lambda: shim)
+    return cuda
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -41,7 +93,7 @@ def backend64(request, monkeypatch) -> str:
 
 @pytest.fixture
 def device(backend) -> str:
-    return "cuda" if backend == "triton" else "cpu"
+    return "cuda" if backend in ("cuda", "triton") else "cpu"
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from customdiff_kernels import _native
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "customdiff_kernels"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -93,7 +95,10 @@ print(ck.explain("cuda"))
     )
     first, second = out.splitlines()
     assert first == "torch.Size([1, 2, 5, 8]); torch.Size([1, 4, 16]); None; cpu: cpu tensors, float32"
-    assert second.endswith("triton 3.3 or later is not installed; pip install -U triton")
+    if _native.build_info()["cuda"]:
+        assert second == "cuda: cuda tensors, float32"
+    else:
+        assert second.endswith("triton 3.3 or later is not installed; pip install -U triton")
 
 
 def test_optional_names_are_looked_up_on_use_and_unknown_ones_fail():
@@ -132,7 +137,10 @@ def test_version_is_the_distribution_s():
         (("customdiff_kernels._C",), {"_native.py"}),
         (("triton",), {"cross_attention/triton.py", "cross_attention/triton_kernels.py"}),
         (("customdiff_kernels.cross_attention.triton",), {"_backends.py"}),
-        (("customdiff_kernels._native",), {"_backends.py"}),
+        (
+            ("customdiff_kernels._native",),
+            {"_backends.py", "cross_attention/cpu.py", "cross_attention/cuda.py"},
+        ),
         (("diffusers",), {"diffusers.py"}),
         (("safetensors",), {"_safetensors.py"}),
         (("customdiff", "tinysd", "transformers", "PIL"), set()),
@@ -144,11 +152,10 @@ def test_who_imports_what(what, allowed):
 
 
 def test_backends_import_neither_one_another_nor_the_reference():
-    names = ("customdiff_kernels._native", "customdiff_kernels.cross_attention")
+    names = ("customdiff_kernels.cross_attention",)
     own = {"configs", "triton_kernels"}  # parts of the Triton backend
     backends = [
-        PACKAGE / "_native.py",
-        *sorted(PACKAGE.rglob("triton*.py")),
+        *(path for name in ("cpu", "cuda", "triton*") for path in sorted(PACKAGE.rglob(f"{name}.py"))),
         *sorted(PACKAGE.rglob("reference.py")),
     ]
     for path in backends:
@@ -162,7 +169,8 @@ def test_kernels_are_reached_through_the_operators():
     for folder in sorted(p.parent for p in PACKAGE.rglob("api.py")):
         names = {n.rsplit(".", 1)[-1] for n in imports(folder / "api.py")}
         assert "ops" in names, f"{folder.name}/api.py does not go through ops.py"
-        assert not names & {"_native", "triton", "_backends"}, f"{folder.name}/api.py picks a backend itself"
+        picked = names & {"_native", "cpu", "cuda", "triton", "_backends"}
+        assert not picked, f"{folder.name}/api.py picks a backend itself: {picked}"
 
 
 def test_the_trainer_uses_the_public_face_only():

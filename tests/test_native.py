@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from customdiff_kernels import _native
+from customdiff_kernels.cross_attention import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 ISAS = _native.build_info()["cpu"]["isas"]
@@ -93,8 +94,8 @@ class Case:
             results[i] = None if results[i] is None else results[i].to(wide)
         out, *grads = results
         inputs = (self.query, self.key, self.value, self.bias, self.labels, self.table, self.scale)
-        _native.attention_forward(*inputs, out)
-        _native.attention_backward(self.grad_out, *inputs, *grads)
+        cpu.attention_forward(*inputs, out)
+        cpu.attention_backward(self.grad_out, *inputs, *grads)
         return results
 
 
@@ -138,12 +139,12 @@ def test_same_bits_at_any_thread_count(isa, threads):
         case = Case((2, 5, 450, 16, 13), torch.float32, bias)
         threads(1)
         wanted = case.native()
-        moments = _native.score_moments(case.query, case.key)
+        moments = cpu.score_moments(case.query, case.key)
         for count in (2, 3, 7):
             threads(count)
             for ours, first in zip(case.native(), wanted, strict=True):
                 assert ours is None or torch.equal(ours, first), (bias, count)
-            assert _native.score_moments(case.query, case.key) == moments
+            assert cpu.score_moments(case.query, case.key) == moments
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -161,8 +162,8 @@ def test_any_strides(dtype, isa):
         setattr(case, name, spread(getattr(case, name)))
     results = [spread(torch.full_like(x, math.nan)) for x in (case.query, *case.leaves()[:4])]
     inputs = (case.query, case.key, case.value, case.bias, None, None, case.scale)
-    _native.attention_forward(*inputs, results[0])
-    _native.attention_backward(case.grad_out, *inputs, *results[1:], None)
+    cpu.attention_forward(*inputs, results[0])
+    cpu.attention_backward(case.grad_out, *inputs, *results[1:], None)
     for ours, first in zip(results, wanted, strict=False):
         assert torch.equal(ours, first)
         assert ours._base[..., 1::2].isnan().all()  # and nothing between them was touched
@@ -175,7 +176,7 @@ def test_gradients_that_are_not_wanted(missing, isa):
     inputs = (case.query, case.key, case.value, case.bias, None, None, case.scale)
     kept = {missing} if missing < 4 else set()
     grads = [torch.full_like(x, math.nan) if i in kept else None for i, x in enumerate(case.leaves()[:4])]
-    _native.attention_backward(case.grad_out, *inputs, *grads, None)
+    cpu.attention_backward(case.grad_out, *inputs, *grads, None)
     for i in kept:
         assert torch.equal(grads[i], wanted[i])
 
@@ -261,7 +262,7 @@ def test_a_float64_bias_beyond_float32_is_its_greatest(bias, isa):
     case.bias, case.table = (rows, None) if case.table is None else (None, rows)
     out = torch.full_like(case.query, math.nan)
     inputs = (case.query, case.key, case.value, case.bias, case.labels, case.table, case.scale)
-    _native.attention_forward(*inputs, out)
+    cpu.attention_forward(*inputs, out)
     assert worst(out, case.formula(torch.float64)[0]) < 1e-5
 
 
@@ -290,7 +291,7 @@ def test_score_moments(dtype, isa):
     for shape in [*SHAPES, (2, 0, 3, 8, 4), (1, 2, 0, 8, 4)]:
         case = Case(shape, dtype)
         scores = case.query.double() @ case.key.double().transpose(-1, -2)
-        total, squares = _native.score_moments(case.query, case.key)
+        total, squares = cpu.score_moments(case.query, case.key)
         scale = scores.abs().sum().item()
         assert abs(total - scores.sum().item()) <= 1e-12 * scale
         assert squares == pytest.approx((scores * scores).sum().item(), rel=1e-12)
@@ -333,7 +334,7 @@ def test_a_label_outside_the_table_is_refused(label, isa, threads):
 def test_unknown_isa_is_refused(monkeypatch):
     monkeypatch.setenv("CK_CPU_ISA", "sse9")
     with pytest.raises(RuntimeError, match="CK_CPU_ISA=sse9 cannot run here.*portable"):
-        _native.score_moments(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+        cpu.score_moments(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
 
 
 def test_a_missing_extension_says_how_to_build_it(monkeypatch):

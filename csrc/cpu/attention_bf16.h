@@ -53,29 +53,17 @@ void pair_copied(const Pair* rows, int64_t words, int64_t count, Pair* target, i
   }
 }
 
-inline Vec<Pair> round16(const float* x) {
-  typedef VectorOf<uint16_t, 16>::type Short;
-  const __m256bh rounded = _mm512_cvtneps_pbh(load<Vec<float>>(x));
-  return __builtin_convertvector(bit_cast<Short>(rounded), Vec<Pair>);
+// Two rows of 16 floats each, rounded: the first row in the lower half.
+inline Vec<Pair> round_two(Vec<float> first, Vec<float> second) {
+  return bit_cast<Vec<Pair>>(_mm512_cvtne2ps_pbh(second, first));
 }
 
-// Float rows rounded, as rows.
-inline void round_rows(const float* x, int64_t count, Pair* target) {
-  typedef VectorOf<uint16_t, 16>::type Short;
-  for (int64_t i = 0; i < count; i += 16) {
-    store(target + i / 2, bit_cast<Short>(_mm512_cvtneps_pbh(load<Vec<float>>(x + i))));
-  }
-}
-
-// Float rows rounded, paired.
-inline void round_paired(const float* x, int64_t rows, int64_t padded, Pair* target) {
-  for (int64_t i = 0; i < rows; i += 2, x += 2 * padded, target += padded) {
-    for (int64_t j = 0; j < padded; j += 16) {
-      Vec<Pair> pair = round16(x + j);
-      if (i + 1 < rows) pair |= round16(x + padded + j) << 16;
-      store(target + j, pair);
-    }
-  }
+// What round_two makes, paired.
+inline Vec<Pair> pair_two(Vec<Pair> two) {
+  typedef VectorOf<uint16_t, 32>::type Short;
+  const Short order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return bit_cast<Vec<Pair>>(__builtin_shuffle(bit_cast<Short>(two), order));
 }
 
 struct ForwardBuffers16 {
@@ -102,11 +90,10 @@ struct ForwardBuffers16 {
 void forward_bf16(const Attention& a, int64_t b, Range heads, Range queries) {
   const Shape shape = shape_of<float>(a);
   const int64_t S = shape.keys, Dp = shape.padded_depth, Sp = shape.padded_keys;
-  const int64_t Dw = half_up(shape.depth), Sw = half_up(S), count = heads.end - heads.begin;
-  ForwardBuffers16 m;
-  m.place(a, shape, count, thread_scratch(Scratch::kTask, m.place(a, shape, count, nullptr)));
+  const int64_t Dw = half_up(shape.depth), Sw = half_up(S);
+  ForwardBuffers16 m = placed<ForwardBuffers16>(a, shape, heads);
 
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < heads.end - heads.begin; ++i) {
     copy_rows(m.rows, Dw, a.key, b, heads.begin + i, 0, S);
     transpose(m.rows, S, Dw, Dw, m.keys_t + i * Dw * Sp, Sp);
     copy_rows(m.rows, Dw, a.value, b, heads.begin + i, 0, S);
@@ -114,19 +101,20 @@ void forward_bf16(const Attention& a, int64_t b, Range heads, Range queries) {
   }
   m.bias.begin(a, b, heads);
 
-  for (int64_t first = queries.begin; first < queries.end; first += kQueryBlock) {
-    const int64_t n = queries.end - first < kQueryBlock ? queries.end - first : kQueryBlock;
-    for (int64_t h = heads.begin; h < heads.end; ++h) {
-      const int64_t i = h - heads.begin;
-      copy_rows(m.rows, Dw, a.query, b, h, first, n);
-      m.bias.next(a, b, h, first, n);
-      gemm<Pair>({m.rows, Dw, 1, m.keys_t + i * Dw * Sp, Sp, m.scores, Sp, n, Sp, Dw, false});
-      softmax_rows(m.scores, float(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
-      round_rows(m.scores, n * Sp, m.p);
-      gemm<Pair>({m.p, Sp / 2, 1, m.values + i * Sw * Dp, Dp, m.out, Dp, n, Dp, Sw, false});
-      store_rows(m.out, Dp, a.out, b, h, first, n, 1.f, m.inverse_sum);
-    }
-  }
+  for_blocks(heads, queries, [&](const Block& block, const Block& next) {
+    const int64_t i = block.head - heads.begin, n = block.rows;
+    copy_rows(m.rows, Dw, a.query, b, block.head, block.first, n);
+    m.bias.next(a, b, block.head, block.first, n);
+    gemm<Pair>({m.rows, Dw, 1, m.keys_t + i * Dw * Sp, Sp, m.scores, Sp, n, Sp, Dw, false,
+                rows_ahead(a.query, b, next)});
+    softmax_rows(m.scores, float(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp,
+                 [&](int64_t row, int64_t j, Vec<float> e) {
+                   store(m.p + (row * Sp + j) / 2, _mm512_cvtneps_pbh(e));
+                 });
+    gemm<Pair>({m.p, Sp / 2, 1, m.values + i * Sw * Dp, Dp, m.out, Dp, n, Dp, Sw, false,
+                rows_ahead(a.out, b, block)});
+    store_rows(m.out, Dp, a.out, b, block.head, block.first, n, 1.f, m.inverse_sum);
+  });
 }
 
 struct BackwardBuffers16 {
@@ -160,8 +148,35 @@ struct BackwardBuffers16 {
   }
 };
 
-void backward_batch_bf16(const Attention& a, const BackwardTask& task, const Shape& shape,
-                         BackwardBuffers16& m, int64_t b) {
+// e and dp of two rows -> P and dS = P ∘ (dp − rowsum(P ∘ dp)), rounded: paired for the sums over queries, dS
+// also as rows for the sum over keys, and as floats in place of dp where a bias has a gradient.
+inline void softmax_backward_rows(const float* e, float* dp, const float* inverse_sum, int64_t padded,
+                                  bool keep, Pair* p_pairs, Pair* ds, Pair* ds_pairs) {
+  float row_sum[2];
+  for (int r = 0; r < 2; ++r) {
+    Vec<float> dot = {};
+    for (int64_t j = r * padded; j < (r + 1) * padded; j += 16) {
+      dot += load<Vec<float>>(e + j) * load<Vec<float>>(dp + j);
+    }
+    row_sum[r] = sum_lanes(dot) * inverse_sum[r];
+  }
+  for (int64_t j = 0; j < padded; j += 16) {
+    Vec<float> p[2], gradient[2];
+    for (int r = 0; r < 2; ++r) {
+      p[r] = load<Vec<float>>(e + r * padded + j) * inverse_sum[r];
+      gradient[r] = p[r] * (load<Vec<float>>(dp + r * padded + j) - row_sum[r]);
+      if (keep) store(dp + r * padded + j, gradient[r]);
+    }
+    const Vec<Pair> two = round_two(gradient[0], gradient[1]);
+    store(p_pairs + j, pair_two(round_two(p[0], p[1])));
+    store(ds_pairs + j, pair_two(two));
+    store(ds + j / 2, _mm512_castsi512_si256(bit_cast<__m512i>(two)));
+    store(ds + (padded + j) / 2, _mm512_extracti64x4_epi64(bit_cast<__m512i>(two), 1));
+  }
+}
+
+void backward_batch(const Attention& a, const BackwardTask& task, const Shape& shape, BackwardBuffers16& m,
+                    int64_t b) {
   const int64_t S = shape.keys, Dp = shape.padded_depth, Sp = shape.padded_keys;
   const int64_t Dw = half_up(shape.depth), Sw = half_up(S);
   const Range heads = task.heads;
@@ -176,56 +191,48 @@ void backward_batch_bf16(const Attention& a, const BackwardTask& task, const Sha
   }
   m.bias.begin(a, b, heads);
 
-  for (int64_t first = task.queries.begin; first < task.queries.end; first += kQueryBlock) {
-    const int64_t left = task.queries.end - first, n = left < kQueryBlock ? left : kQueryBlock;
+  for_blocks(heads, task.queries, [&](const Block& block, const Block& next) {
+    const int64_t h = block.head, i = h - heads.begin, first = block.first, n = block.rows;
     const int64_t pairs = half_up(n);
     const bool accumulate = first != task.queries.begin;
-    for (int64_t h = heads.begin; h < heads.end; ++h) {
-      const int64_t i = h - heads.begin;
-      float* grad_key =
-          reinterpret_cast<float*>(task.key_value + (b * a.heads() + h) * task.key_value_stride);
-      float* grad_value = grad_key + S * Dp;
-      copy_rows(m.query, Dw, a.query, b, h, first, n);
-      copy_rows(m.grad_out, Dw, a.grad_out, b, h, first, n);
-      m.bias.next(a, b, h, first, n);
+    float* grad_key = reinterpret_cast<float*>(task.key_value + (b * a.heads() + h) * task.key_value_stride);
+    float* grad_value = grad_key + S * Dp;
+    copy_rows(m.query, Dw, a.query, b, h, first, n);
+    copy_rows(m.grad_out, Dw, a.grad_out, b, h, first, n);
+    m.bias.next(a, b, h, first, n);
 
-      gemm<Pair>({m.query, Dw, 1, m.keys_t + i * Dw * Sp, Sp, m.p, Sp, n, Sp, Dw, false});
-      gemm<Pair>({m.grad_out, Dw, 1, m.values_t + i * Dw * Sp, Sp, m.dp, Sp, n, Sp, Dw, false});
-      softmax_rows(m.p, float(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
+    gemm<Pair>({m.query, Dw, 1, m.keys_t + i * Dw * Sp, Sp, m.p, Sp, n, Sp, Dw, false,
+                rows_ahead(a.query, b, next)});
+    gemm<Pair>({m.grad_out, Dw, 1, m.values_t + i * Dw * Sp, Sp, m.dp, Sp, n, Sp, Dw, false,
+                rows_ahead(a.grad_out, b, next)});
+    softmax_rows(m.p, float(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
+    if (n % 2) {  // the last row's neighbour
+      for (int64_t j = n * Sp; j < (n + 1) * Sp; ++j) m.p[j] = m.dp[j] = 0;
+      m.inverse_sum[n] = 0;
+    }
+    for (int64_t r = 0; r < n; r += 2) {
+      softmax_backward_rows(m.p + r * Sp, m.dp + r * Sp, m.inverse_sum + r, Sp, a.grad_bias || a.grad_table,
+                            m.p_pairs + r / 2 * Sp, m.ds + r * Sp / 2, m.ds_pairs + r / 2 * Sp);
+    }
+    if (a.grad_value) {
+      pair_copied(m.grad_out, Dw, n, m.grad_pairs, Dp);
+      gemm<Pair>({m.p_pairs, 1, Sp, m.grad_pairs, Dp, grad_value, Dp, S, Dp, pairs, accumulate});
+    }
+    if (a.grad_key) {
+      pair_copied(m.query, Dw, n, m.query_pairs, Dp);
+      gemm<Pair>({m.ds_pairs, 1, Sp, m.query_pairs, Dp, grad_key, Dp, S, Dp, pairs, accumulate});
+    }
+    if (a.grad_query) {
+      gemm<Pair>({m.ds, Sp / 2, 1, m.keys + i * Sw * Dp, Dp, m.grad_query, Dp, n, Dp, Sw, false,
+                  rows_ahead(a.grad_query, b, block)});
+      store_rows(m.grad_query, Dp, a.grad_query, b, h, first, n, float(a.scale));
+    }
+    if (a.grad_bias || a.grad_table) {
       for (int64_t r = 0; r < n; ++r) {
-        softmax_backward_row(m.p + r * Sp, m.dp + r * Sp, m.inverse_sum[r], Sp);
-      }
-      if (a.grad_value) {
-        round_paired(m.p, n, Sp, m.p_pairs);
-        pair_copied(m.grad_out, Dw, n, m.grad_pairs, Dp);
-        gemm<Pair>({m.p_pairs, 1, Sp, m.grad_pairs, Dp, grad_value, Dp, S, Dp, pairs, accumulate});
-      }
-      if (a.grad_key) {
-        round_paired(m.dp, n, Sp, m.ds_pairs);
-        pair_copied(m.query, Dw, n, m.query_pairs, Dp);
-        gemm<Pair>({m.ds_pairs, 1, Sp, m.query_pairs, Dp, grad_key, Dp, S, Dp, pairs, accumulate});
-      }
-      if (a.grad_query) {
-        round_rows(m.dp, n * Sp, m.ds);
-        gemm<Pair>({m.ds, Sp / 2, 1, m.keys + i * Sw * Dp, Dp, m.grad_query, Dp, n, Dp, Sw, false});
-        store_rows(m.grad_query, Dp, a.grad_query, b, h, first, n, float(a.scale));
-      }
-      if (a.grad_bias || a.grad_table) {
-        for (int64_t r = 0; r < n; ++r) {
-          add_bias_gradient(a, task, shape, b, h, first + r, m.bias.index(r), m.dp + r * Sp);
-        }
+        add_bias_gradient(a, task, shape, b, h, first + r, m.bias.index(r), m.dp + r * Sp);
       }
     }
-  }
-}
-
-void backward_bf16(const Attention& a, const BackwardTask& task) {
-  const Shape shape = shape_of<float>(a);
-  const int64_t heads = task.heads.end - task.heads.begin;
-  BackwardBuffers16 m;
-  m.place(a, shape, heads, thread_scratch(Scratch::kTask, m.place(a, shape, heads, nullptr)));
-  zero_bias_gradient<float>(a, task, shape);
-  for (int64_t b = task.batch.begin; b < task.batch.end; ++b) backward_batch_bf16(a, task, shape, m, b);
+  });
 }
 
 }  // namespace

@@ -47,30 +47,26 @@ template <class T>
 void forward(const Attention& a, int64_t b, Range heads, Range queries) {
   const Shape shape = shape_of<T>(a);
   const int64_t D = shape.depth, S = shape.keys, Dp = shape.padded_depth, Sp = shape.padded_keys;
-  const int64_t count = heads.end - heads.begin;
-  ForwardBuffers<T> m;
-  m.place(a, shape, count, thread_scratch(Scratch::kTask, m.place(a, shape, count, nullptr)));
+  ForwardBuffers<T> m = placed<ForwardBuffers<T>>(a, shape, heads);
 
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < heads.end - heads.begin; ++i) {
     load_rows(m.rows, Dp, a.key, b, heads.begin + i, 0, S, T(1));
     transpose(m.rows, S, D, Dp, m.keys_t + i * D * Sp, Sp);
     load_rows(m.values + i * S * Dp, Dp, a.value, b, heads.begin + i, 0, S, T(1));
   }
   m.bias.begin(a, b, heads);
 
-  for (int64_t first = queries.begin; first < queries.end; first += kQueryBlock) {
-    const int64_t n = queries.end - first < kQueryBlock ? queries.end - first : kQueryBlock;
-    for (int64_t h = heads.begin; h < heads.end; ++h) {
-      const T* keys_t = m.keys_t + (h - heads.begin) * D * Sp;
-      const T* values = m.values + (h - heads.begin) * S * Dp;
-      load_rows(m.query, Dp, a.query, b, h, first, n, T(1));
-      m.bias.next(a, b, h, first, n);
-      gemm<T>({m.query, Dp, 1, keys_t, Sp, m.scores, Sp, n, Sp, D, false});
-      softmax_rows(m.scores, T(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
-      gemm<T>({m.scores, Sp, 1, values, Dp, m.out, Dp, n, Dp, S, false});
-      store_rows(m.out, Dp, a.out, b, h, first, n, T(1), m.inverse_sum);
-    }
-  }
+  for_blocks(heads, queries, [&](const Block& block, const Block& next) {
+    const int64_t i = block.head - heads.begin, n = block.rows;
+    load_rows(m.query, Dp, a.query, b, block.head, block.first, n, T(1));
+    m.bias.next(a, b, block.head, block.first, n);
+    gemm<T>({m.query, Dp, 1, m.keys_t + i * D * Sp, Sp, m.scores, Sp, n, Sp, D, false,
+             rows_ahead(a.query, b, next)});
+    softmax_rows(m.scores, T(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
+    gemm<T>({m.scores, Sp, 1, m.values + i * S * Dp, Dp, m.out, Dp, n, Dp, S, false,
+             rows_ahead(a.out, b, block)});
+    store_rows(m.out, Dp, a.out, b, block.head, block.first, n, T(1), m.inverse_sum);
+  });
 }
 
 template <class T>
@@ -112,46 +108,37 @@ void backward_batch(const Attention& a, const BackwardTask& task, const Shape& s
   }
   m.bias.begin(a, b, heads);
 
-  for (int64_t first = task.queries.begin; first < task.queries.end; first += kQueryBlock) {
-    const int64_t left = task.queries.end - first, n = left < kQueryBlock ? left : kQueryBlock;
+  for_blocks(heads, task.queries, [&](const Block& block, const Block& next) {
+    const int64_t h = block.head, i = h - heads.begin, first = block.first, n = block.rows;
     const bool accumulate = first != task.queries.begin;
-    for (int64_t h = heads.begin; h < heads.end; ++h) {
-      const int64_t i = h - heads.begin;
-      T* grad_key = reinterpret_cast<T*>(task.key_value + (b * a.heads() + h) * task.key_value_stride);
-      T* grad_value = grad_key + S * Dp;
-      load_rows(m.query, Dp, a.query, b, h, first, n, T(1));
-      load_rows(m.grad_out, Dp, a.grad_out, b, h, first, n, T(1));
-      m.bias.next(a, b, h, first, n);
+    T* grad_key = reinterpret_cast<T*>(task.key_value + (b * a.heads() + h) * task.key_value_stride);
+    T* grad_value = grad_key + S * Dp;
+    load_rows(m.query, Dp, a.query, b, h, first, n, T(1));
+    load_rows(m.grad_out, Dp, a.grad_out, b, h, first, n, T(1));
+    m.bias.next(a, b, h, first, n);
 
-      gemm<T>({m.query, Dp, 1, m.keys_t + i * D * Sp, Sp, m.p, Sp, n, Sp, D, false});
-      if (want_ds) gemm<T>({m.grad_out, Dp, 1, m.values_t + i * D * Sp, Sp, m.ds, Sp, n, Sp, D, false});
-      softmax_rows(m.p, T(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
+    gemm<T>(
+        {m.query, Dp, 1, m.keys_t + i * D * Sp, Sp, m.p, Sp, n, Sp, D, false, rows_ahead(a.query, b, next)});
+    if (want_ds)
+      gemm<T>({m.grad_out, Dp, 1, m.values_t + i * D * Sp, Sp, m.ds, Sp, n, Sp, D, false,
+               rows_ahead(a.grad_out, b, next)});
+    softmax_rows(m.p, T(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
+    for (int64_t r = 0; r < n; ++r) {
+      softmax_backward_row(m.p + r * Sp, m.ds + r * Sp, m.inverse_sum[r], Sp);
+    }
+    if (a.grad_value) gemm<T>({m.p, 1, Sp, m.grad_out, Dp, grad_value, Dp, S, Dp, n, accumulate});
+    if (a.grad_key) gemm<T>({m.ds, 1, Sp, m.query, Dp, grad_key, Dp, S, Dp, n, accumulate});
+    if (a.grad_query) {
+      gemm<T>({m.ds, Sp, 1, m.keys + i * S * Dp, Dp, m.grad_query, Dp, n, Dp, S, false,
+               rows_ahead(a.grad_query, b, block)});
+      store_rows(m.grad_query, Dp, a.grad_query, b, h, first, n, T(a.scale));
+    }
+    if (a.grad_bias || a.grad_table) {
       for (int64_t r = 0; r < n; ++r) {
-        softmax_backward_row(m.p + r * Sp, m.ds + r * Sp, m.inverse_sum[r], Sp);
-      }
-      if (a.grad_value) gemm<T>({m.p, 1, Sp, m.grad_out, Dp, grad_value, Dp, S, Dp, n, accumulate});
-      if (a.grad_key) gemm<T>({m.ds, 1, Sp, m.query, Dp, grad_key, Dp, S, Dp, n, accumulate});
-      if (a.grad_query) {
-        gemm<T>({m.ds, Sp, 1, m.keys + i * S * Dp, Dp, m.grad_query, Dp, n, Dp, S, false});
-        store_rows(m.grad_query, Dp, a.grad_query, b, h, first, n, T(a.scale));
-      }
-      if (a.grad_bias || a.grad_table) {
-        for (int64_t r = 0; r < n; ++r) {
-          add_bias_gradient(a, task, shape, b, h, first + r, m.bias.index(r), m.ds + r * Sp);
-        }
+        add_bias_gradient(a, task, shape, b, h, first + r, m.bias.index(r), m.ds + r * Sp);
       }
     }
-  }
-}
-
-template <class T>
-void backward(const Attention& a, const BackwardTask& task) {
-  const Shape shape = shape_of<T>(a);
-  const int64_t heads = task.heads.end - task.heads.begin;
-  BackwardBuffers<T> m;
-  m.place(a, shape, heads, thread_scratch(Scratch::kTask, m.place(a, shape, heads, nullptr)));
-  zero_bias_gradient<T>(a, task, shape);
-  for (int64_t b = task.batch.begin; b < task.batch.end; ++b) backward_batch(a, task, shape, m, b);
+  });
 }
 
 }  // namespace

@@ -29,6 +29,22 @@ inline V multiply_add(T x, V y, V sum) {
 template <class E>
 using Sum = typename std::conditional<std::is_same<E, double>::value, double, float>::type;
 
+// Rows of memory that are needed soon: asked for a few at a time while a product is computed, since the
+// processor does not guess the next row of a strided tensor.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t stride = 0, bytes = 0, rows = 0;
+
+  void fetch(int64_t row, int64_t count) const {
+    const int64_t end = row + count < rows ? row + count : rows;
+    for (; row < end; ++row) {
+      const char* start = first + row * stride;
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(start + i);
+      __builtin_prefetch(start + bytes - 1);
+    }
+  }
+};
+
 template <class E>
 struct Gemm {
   const E* a;  // element (i, k) at a[i * a_row + k * a_step]
@@ -39,6 +55,7 @@ struct Gemm {
   int64_t c_row;
   int64_t rows, columns, depth;  // columns is a multiple of kColumnUnit
   bool accumulate;               // C += A·B
+  Ahead ahead = {};
 };
 
 // Vectors that the widest tile has, a half vector counted as one.
@@ -47,7 +64,7 @@ constexpr int kWidest = kRegisters == 32 ? 5 : 3;
 // Rows a tile of `vectors` vectors has: the accumulators, one row of B and one broadcast fill the registers.
 constexpr int tile_rows(int vectors) {
   const int rows = (kRegisters - vectors - 1) / vectors;
-  return rows < 12 ? rows : 12;
+  return rows < 8 ? rows : 8;
 }
 
 template <class E, int R, int V, bool Half>
@@ -72,27 +89,31 @@ inline void gemm_tile(const Gemm<E>& g, int64_t row, int64_t column) {
     }
   }
   T* c = g.c + row * g.c_row + column;
+  const int64_t c_row = g.c_row;
+  if (g.accumulate) {
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i, c += g.c_row) {
+    for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) {
-      if (g.accumulate) sum[i][j] += load<Vec<T>>(c + j * kLanes<T>);
-      store(c + j * kLanes<T>, sum[i][j]);
+      for (int j = 0; j < V; ++j) sum[i][j] += load<Vec<T>>(c + i * c_row + j * kLanes<T>);
+      if (Half) half_sum[i] += load<HalfVec<T>>(c + i * c_row + V * kLanes<T>);
     }
-    if (Half) {
-      if (g.accumulate) half_sum[i] += load<HalfVec<T>>(c + V * kLanes<T>);
-      store(c + V * kLanes<T>, half_sum[i]);
-    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) store(c + i * c_row + j * kLanes<T>, sum[i][j]);
+    if (Half) store(c + i * c_row + V * kLanes<T>, half_sum[i]);
   }
 }
 
-template <class T, int V, bool Half>
-void gemm_panel(const Gemm<T>& g, int64_t column) {
-  constexpr int R = tile_rows(V + Half);
-  int64_t row = 0;
-  for (; row + R <= g.rows; row += R) gemm_tile<T, R, V, Half>(g, row, column);
-  for (; row + 2 <= g.rows; row += 2) gemm_tile<T, 2, V, Half>(g, row, column);
-  if (row < g.rows) gemm_tile<T, 1, V, Half>(g, row, column);
+// The rows from `row` on in tiles of R rows, what is left in smaller ones.
+template <class T, int V, bool Half, int R = tile_rows(V + Half)>
+void gemm_panel(const Gemm<T>& g, int64_t column, int64_t row = 0) {
+  for (; row + R <= g.rows; row += R) {
+    gemm_tile<T, R, V, Half>(g, row, column);
+    if (column == 0) g.ahead.fetch(row, R);
+  }
+  if constexpr (R > 1) gemm_panel<T, V, Half, R / 2>(g, column, row);
 }
 
 template <class T, bool Half>
@@ -150,6 +171,7 @@ void gemm(Gemm<T> g) {
     g.a += g.depth * g.a_step;
     g.b += g.depth * g.b_row;
     g.accumulate = true;
+    g.ahead.rows = 0;
     done += g.depth;
   }
 }

@@ -26,9 +26,10 @@ void attention_forward(const Attention& a, int64_t b, Range heads, Range queries
 
 void attention_backward(const Attention& a, const BackwardTask& task) {
 #if defined(__AVX512BF16__)
-  if (a.query.dtype == DType::kBFloat16) return backward_bf16(a, task);
+  if (a.query.dtype == DType::kBFloat16) return backward_task<float, BackwardBuffers16>(a, task);
 #endif
-  CK_BY_TYPE(backward, a, task);
+  if (a.query.dtype == DType::kFloat64) return backward_task<double, BackwardBuffers<double>>(a, task);
+  backward_task<float, BackwardBuffers<float>>(a, task);
 }
 
 PartialBytes partial_bytes(const Attention& a) {

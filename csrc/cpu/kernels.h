@@ -1,25 +1,9 @@
 // The table of kernels that each instruction set offers, and what they are called with.
 #pragma once
 
-#include "common/tensor.h"
+#include "common/attention.h"
 
 namespace ck {
-
-// s = query keyᵀ · scale + bias, P = softmax(s), out = P value; and the gradients. Broadcast dimensions of
-// the bias and the table have stride 0. Tensors that are absent (or gradients that are not wanted) are null.
-struct Attention {
-  Tensor query, key, value;    // (B, H, N, D), (B, H, S, D), (B, H, S, D)
-  Tensor bias, labels, table;  // (B, H, N, S), or (B, 1, N, 1) and (B, 1, G, S)
-  double scale = 1;
-  Tensor out;
-  Tensor grad_out, grad_query, grad_key, grad_value;
-  Tensor grad_bias, grad_table;  // their own shapes, with size 1 where they are broadcast
-
-  int64_t batch() const { return query.size[0]; }
-  int64_t heads() const { return query.size[1]; }
-  int64_t queries() const { return query.size[2]; }
-  int64_t keys() const { return key.size[2]; }
-};
 
 struct Range {
   int64_t begin, end;

@@ -124,6 +124,15 @@ inline void store_row(const T* source, void* target, DType dtype, int64_t stride
     }
     case DType::kBFloat16: {
       uint16_t* y = static_cast<uint16_t*>(target);
+#if defined(__AVX512BF16__)
+      if (sizeof(T) == sizeof(float) && stride == 1) {
+        for (; i < n; i += 16) {
+          const __mmask16 some = n - i < 16 ? (1u << (n - i)) - 1 : 0xffff;
+          const __m512 x = _mm512_maskz_loadu_ps(some, source + i) * float(scale);
+          _mm256_mask_storeu_epi16(y + i, some, bit_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+        }
+      }
+#endif
       if (stride == 1) {
         for (; i < n; ++i) y[i] = to_bfloat16(float(scale * source[i]));
       } else {

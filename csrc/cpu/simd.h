@@ -103,9 +103,12 @@ inline double max_lanes(Vec<double> v) {
   return max;
 }
 
-// 4^x for x <= 0 (or NaN, which stays NaN); exactly 0 below the normal range. The polynomial is the minimax
-// of 4^f on [-1/4, 1/4] with relative error 2e-9, below float's rounding.
+// 4^x for x <= 0 (or NaN, which stays NaN); 0 below the normal range, or gradually where that costs nothing.
+// The polynomial is the minimax of 4^f on [-1/4, 1/4] with relative error 2e-9, below float's rounding.
 inline Vec<float> exp4_nonpositive(Vec<float> x) {
+#if defined(__AVX512DQ__)
+  const Vec<float> f = _mm512_reduce_ps(x, 0x18);  // x - (x rounded to half an integer)
+#else
   typedef VectorOf<uint32_t, kLanes<float>>::type Bits;
   const Vec<float> zero = {}, lowest = zero - 63.f;
   // The exponent of a NaN, whatever its payload, is 0: what is added to p below must leave it a NaN.
@@ -113,14 +116,19 @@ inline Vec<float> exp4_nonpositive(Vec<float> x) {
   const float shift = 6291456.f;  // 1.5 * 2^22: adding it rounds to half an integer, left in the low bits
   const Vec<float> shifted = number + shift;
   const Vec<float> f = x - (shifted - shift);
+#endif
   Vec<float> p = f * 9.826151605244800e-3f + 4.287639810853037e-2f;
   p = p * f + 1.538949977227942e-1f;
   p = p * f + 4.440265976930247e-1f;
   p = p * f + 9.609059165452048e-1f;
   p = p * f + 1.386294405710084f;
   p = p * f + 1.f;
+#if defined(__AVX512DQ__)
+  return _mm512_scalef_ps(p, 2 * (x - f));
+#else
   const Vec<float> power = bit_cast<Vec<float>>(bit_cast<Bits>(p) + (bit_cast<Bits>(shifted) << 23));
   return x < lowest ? zero : power;
+#endif
 }
 
 inline Vec<double> exp4_nonpositive(Vec<double> x) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/thread_pool.h"
+#include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
@@ -37,6 +38,43 @@ template <class T>
 Shape shape_of(const Attention& a) {
   const int64_t depth = a.query.size[3], keys = a.keys();
   return {depth, keys, round_up(depth, kColumnUnit<T>), round_up(keys, kLanes<T>)};
+}
+
+// Some queries of one head.
+struct Block {
+  int64_t head, first, rows;
+};
+
+// Calls function(block, next) for all blocks, heads inside; next has no rows at the last one.
+template <class Function>
+void for_blocks(Range heads, Range queries, Function function) {
+  const auto block = [&](int64_t head, int64_t first) {
+    const int64_t left = queries.end > first ? queries.end - first : 0;
+    return Block{head, first, left < kQueryBlock ? left : kQueryBlock};
+  };
+  for (int64_t first = queries.begin; first < queries.end; first += kQueryBlock) {
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      const bool last = h + 1 == heads.end;
+      function(block(h, first), last ? block(heads.begin, first + kQueryBlock) : block(h + 1, first));
+    }
+  }
+}
+
+// The rows of a block, to be fetched.
+inline Ahead rows_ahead(const Tensor& t, int64_t b, const Block& block) {
+  if (t.stride[3] != 1 || block.rows == 0) return {};
+  const int64_t item = item_size(t.dtype);
+  return {static_cast<const char*>(t.at(b, block.head, block.first)), t.stride[2] * item, t.size[3] * item,
+          block.rows};
+}
+
+// The buffers of one task in this thread's scratch.
+template <class Buffers>
+Buffers placed(const Attention& a, const Shape& shape, Range heads) {
+  Buffers m;
+  const int64_t count = heads.end - heads.begin;
+  m.place(a, shape, count, thread_scratch(Scratch::kTask, m.place(a, shape, count, nullptr)));
+  return m;
 }
 
 // The bias of a block of queries as padded rows in units of log 4, -inf beyond the last key.
@@ -112,37 +150,44 @@ class BiasRows {
   int64_t index_[kQueryBlock];
 };
 
-// s -> 4^(s · scale + bias - max) in place, row by row, and 1 / sum of each; 0 for a row that is -inf
-// throughout. Scores that are NaN make the sum NaN. Two passes over the block: within one row everything
-// waits for the maximum.
-template <class T>
-inline void softmax_rows(T* scores, T scale, const BiasRows<T>& bias, T* inverse_sum, int64_t rows,
-                         int64_t padded) {
+// Hands e = 4^(s · scale + bias - max), vector by vector, to store_e(row, column, e), and leaves 1 / Σ e of
+// each row; 0 for a row that is -inf throughout. Scores that are NaN make the sum NaN. Two passes over the
+// block: within one row everything waits for the maximum.
+template <class T, class Store>
+inline void softmax_rows(const T* scores, T scale, const BiasRows<T>& bias, T* inverse_sum, int64_t rows,
+                         int64_t padded, Store store_e) {
   for (int64_t i = 0; i < rows; ++i) {
-    T* s = scores + i * padded;
+    const T* s = scores + i * padded;
     const T* bias_row = bias.row(i);
     Vec<T> max = load<Vec<T>>(s) * scale + load<Vec<T>>(bias_row);
-    store(s, max);
     for (int64_t j = kLanes<T>; j < padded; j += kLanes<T>) {
       const Vec<T> x = load<Vec<T>>(s + j) * scale + load<Vec<T>>(bias_row + j);
-      store(s + j, x);
       max = max > x ? max : x;
     }
     const T largest = max_lanes(max);
     inverse_sum[i] = largest == -T(__builtin_inf()) ? T(0) : largest;
   }
   for (int64_t i = 0; i < rows; ++i) {
-    T* s = scores + i * padded;
+    const T* s = scores + i * padded;
+    const T* bias_row = bias.row(i);
     const T largest = inverse_sum[i];
     Vec<T> sum = {};
     for (int64_t j = 0; j < padded; j += kLanes<T>) {
-      const Vec<T> p = exp4_nonpositive(load<Vec<T>>(s + j) - largest);
-      store(s + j, p);
-      sum += p;
+      const Vec<T> x = load<Vec<T>>(s + j) * scale + load<Vec<T>>(bias_row + j);
+      const Vec<T> e = exp4_nonpositive(x - largest);
+      store_e(i, j, e);
+      sum += e;
     }
     const T total = sum_lanes(sum);
     inverse_sum[i] = total == 0 ? T(0) : 1 / total;
   }
+}
+
+template <class T>
+inline void softmax_rows(T* scores, T scale, const BiasRows<T>& bias, T* inverse_sum, int64_t rows,
+                         int64_t padded) {
+  softmax_rows(scores, scale, bias, inverse_sum, rows, padded,
+               [&](int64_t i, int64_t j, Vec<T> e) { store(scores + i * padded + j, e); });
 }
 
 // dp -> ds = p ∘ (dp − rowsum(p ∘ dp)), and p is normalised, both in place.
@@ -221,17 +266,15 @@ template <class T>
 void store_key_value(const Attention& a, int64_t b, int64_t h, const char* partials, int64_t count,
                      int64_t stride) {
   const Shape shape = shape_of<T>(a);
-  T* row = static_cast<T*>(thread_scratch(Scratch::kTask, shape.padded_depth * sizeof(T)));
-  const Tensor* targets[2] = {&a.grad_key, &a.grad_value};
-  const T scales[2] = {T(a.scale), T(1)};
-  for (int64_t which = 0; which < 2; ++which) {
-    if (!*targets[which]) continue;
-    for (int64_t j = 0; j < shape.keys; ++j) {
-      sum_partials(row, partials, count, stride, (which * shape.keys + j) * shape.padded_depth,
-                   shape.padded_depth);
-      store_rows(row, shape.padded_depth, *targets[which], b, h, j, 1, scales[which]);
-    }
+  const int64_t D = shape.padded_depth, S = shape.keys;
+  const T* sum = reinterpret_cast<const T*>(partials);
+  if (count != 1) {
+    T* total = static_cast<T*>(thread_scratch(Scratch::kTask, 2 * S * D * sizeof(T)));
+    sum_partials(total, partials, count, stride, 0, 2 * S * D);
+    sum = total;
   }
+  if (a.grad_key) store_rows(sum, D, a.grad_key, b, h, 0, S, T(a.scale));
+  if (a.grad_value) store_rows(sum + S * D, D, a.grad_value, b, h, 0, S, T(1));
 }
 
 template <class T>
@@ -247,6 +290,15 @@ void store_bias(const Attention& a, int64_t b, int64_t h, const char* partials, 
     }
     store_rows(row, shape.padded_keys, target, b, h, g, 1, 1.0);
   }
+}
+
+// A task: buffers that are placed once, batch row after batch row.
+template <class T, class Buffers>
+void backward_task(const Attention& a, const BackwardTask& task) {
+  const Shape shape = shape_of<T>(a);
+  Buffers m = placed<Buffers>(a, shape, task.heads);
+  zero_bias_gradient<T>(a, task, shape);
+  for (int64_t b = task.batch.begin; b < task.batch.end; ++b) backward_batch(a, task, shape, m, b);
 }
 
 }  // namespace
