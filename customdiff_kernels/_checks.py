@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import os
 from typing import Any
 
 import torch
@@ -66,8 +67,10 @@ def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor
 
 def like(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     """``value`` has the shape, dtype and device of ``reference``."""
-    floating(name, value, reference.dtype)
-    shape(name, value, reference.shape, f"as {reference_name}")
+    if value.dtype is not reference.dtype:
+        floating(name, value, reference.dtype)
+    if value.shape != reference.shape:
+        shape(name, value, reference.shape, f"as {reference_name}")
     same_device(name, value, reference_name, reference)
 
 
@@ -77,6 +80,15 @@ def contiguous_rows(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got shape {tuple(value.shape)} with strides "
             f"{value.stride()}; call {name}.contiguous() (nothing is copied behind your back)"
+        )
+
+
+def some_tokens(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    """``value`` (..., S, width) has S > 0: a softmax over no text has no answer."""
+    if value.shape[-2] == 0:
+        raise ValueError(
+            f"{name} must have at least one text token (S), got {tuple(value.shape)} "
+            f"with {reference_name} {tuple(reference.shape)}"
         )
 
 
@@ -102,6 +114,7 @@ def scores(query: Tensor, key: Tensor) -> None:
     floating("key", key, query.dtype)
     batch, heads, _, dim = query.shape
     shape("key", key, (batch, heads, key.shape[2], dim), "(B,H,S,D) to go with query")
+    some_tokens("key", key, "query", query)
     same_device("key", key, "query", query)
 
 
@@ -138,6 +151,26 @@ def attention_bias(
         contiguous_rows("labels", labels)
 
 
+def label_values(labels: Tensor | None, table: Tensor | None) -> None:
+    """Every label is a row of ``table``. On a GPU, where looking means waiting, only with CK_DEBUG=1.
+
+    There a stray label gets the bias of some region or none; the kernels read nothing out of bounds.
+    """
+    if labels is None or table is None or not labels.numel():
+        return
+    if labels.device.type != "cpu" and not (
+        labels.is_cuda and os.environ.get("CK_DEBUG") == "1" and not torch.cuda.is_current_stream_capturing()
+    ):
+        return
+    regions = table.shape[1]
+    low, high = (int(x) for x in labels.aminmax())
+    if low < 0 or high >= regions:
+        raise ValueError(
+            f"labels must lie in 0 … {regions - 1} (table has {regions} regions), "
+            f"got {low if low < 0 else high}"
+        )
+
+
 def projection(context: Tensor, weight: Tensor, frozen_tokens: int) -> None:
     """context (B,S,E), weight (R,E), 0 <= frozen_tokens <= S."""
     rank("context", context, "B,S,E")
@@ -146,6 +179,7 @@ def projection(context: Tensor, weight: Tensor, frozen_tokens: int) -> None:
     floating("weight", weight)
     same_device("weight", weight, "context", context)
     shape("weight", weight, (weight.shape[0], context.shape[2]), "(R,E) to go with context (B,S,E)")
+    some_tokens("context", context, "weight", weight)
     if not 0 <= frozen_tokens <= context.shape[1]:
         raise ValueError(f"frozen_tokens must lie in 0 … {context.shape[1]} (S), got {frozen_tokens}")
 
@@ -180,6 +214,7 @@ def kv_block(
     shape("w_q", w_q, (inner, c), "(inner,C) to go with hidden (B,N,C)")
     shape("w_out", w_out, (w_out.shape[0], inner), "(C,inner) to go with w_q (inner,C)")
     shape("key", key, (batch, s, inner), "(B,S,inner) to go with hidden and w_q")
+    some_tokens("key", key, "hidden", hidden)
     like("value", value, "key", key)
     frozen = {"w_q": w_q, "w_out": w_out}
     if b_out is not None:

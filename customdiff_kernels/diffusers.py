@@ -256,8 +256,13 @@ def _attend(attn, hidden, key, value, to_q, to_out, bias):
 
 
 def _is_frozen(linear: Any) -> bool:
-    """Whether its weight may stand for the call: a plain Linear (no LoRA, no hook) that needs no gradient."""
+    """Whether its weight may stand for the call: a plain Linear (no LoRA, no hook) that needs no gradient.
+
+    A weight of another class (quantised, sharded) only its own Linear can multiply with.
+    """
     if type(linear) is not nn.Linear or "forward" in vars(linear):
+        return False
+    if type(linear.weight) not in (nn.Parameter, Tensor):
         return False
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
         return False

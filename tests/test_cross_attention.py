@@ -31,6 +31,8 @@ SHAPES = [
     (3, 2, 17, 5, 24),
     (1, 2, 7, 128, 36),
     (1, 2, 65, 81, 33),
+    (1, 2, 40, 77, 128),
+    (1, 1, 24, 100, 256),
 ]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -83,7 +85,7 @@ def check_against_eager(args, scale, no_worse, slack=0):
         if (
             name == "bias" and o.shape[-1] == 1
         ):  # a bias of all keys alike changes nothing: zero but for rounding
-            assert o.abs().max() <= (1e-5 if o.dtype is torch.float32 else 2 * p.abs().max() + 1e-2)
+            assert o.abs().max() <= 2 * p.abs().max() + (1e-4 if o.dtype is torch.float32 else 1e-2)
             continue
         no_worse(f"gradient of {name}", o, p, e, slack)
 
@@ -104,7 +106,7 @@ def test_sd_levels_with_every_bias(kind, backend, device, no_worse):
 @st.composite
 def cases(draw):
     b, h, n = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 70))
-    s, d = draw(st.integers(1, 140)), draw(st.integers(1, 100))
+    s, d = draw(st.integers(1, 140)), draw(st.integers(1, 100) | st.sampled_from([128, 160, 256]))
     memory = draw(
         st.tuples(*[st.sampled_from(["bhnd", "bnhd", "sliced", "one batch", "one head", "bhdn"])] * 3)
     )
@@ -135,9 +137,15 @@ def strided(shape, memory, dtype, device):
     return torch.randn(b, h, n, d, dtype=dtype, device=device)
 
 
-@settings(max_examples=60)
+HAS_CUDA = torch.cuda.is_available() and _backends.has_cuda()
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="needs the CUDA kernels and a device")]
+
+
+# triton_kernels.py has Triton's, which compiles for each shape; the reference is held by the grid above
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=CUDA)], indirect=True)
+@settings(max_examples=500)
 @given(case=cases())
-def test_random_shapes_and_strides(case, backend, device, no_worse):
+def test_500_random_shapes_and_strides(case, backend, device, no_worse):
     (b, h, n, s, d), memory, dtype, pattern, layout, scale = case
     torch.manual_seed(0)
     q, k, v = (
@@ -188,9 +196,14 @@ def test_every_combination_of_requires_grad(backend, device):
                 assert not want or torch.equal(leaves[i].grad, expected)
 
 
-def test_one_tensor_in_every_place(backend64):
-    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: ck.cross_attention(x, x, x), (x,))
+def test_one_tensor_in_every_place(backend, device):
+    x = torch.randn(1, 2, 9, 8, device=device, requires_grad=True)
+    apart = [x.detach().clone().requires_grad_() for _ in range(3)]
+    for function in (ck.cross_attention, lambda q, k, v: ck.cross_attention(q, k, k) * ck.score_std(q, v)):
+        out, expected = function(x, x, x), function(*apart)
+        assert torch.equal(out, expected)
+        (grad,) = torch.autograd.grad(out.square().sum(), x)
+        torch.testing.assert_close(grad, sum(torch.autograd.grad(expected.square().sum(), apart)))
 
 
 def test_expanded_and_transposed_upstream_gradients(backend, device):
@@ -245,9 +258,7 @@ def test_a_row_of_equal_large_negative_biases_is_unbiased(backend, device):
     torch.testing.assert_close(ck.cross_attention(q, k, v, whole), v.mean(2, keepdim=True).expand_as(q))
 
 
-@pytest.mark.parametrize(
-    "shape", [(0, 2, 3, 4, 8), (1, 0, 3, 4, 8), (1, 2, 0, 4, 8), (1, 2, 3, 0, 8)], ids=str
-)
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 8), (1, 0, 3, 4, 8), (1, 2, 0, 4, 8)], ids=str)
 def test_empty(shape, backend, device):
     q, k, v, *_ = inputs(shape, torch.float32, device)
     out = ck.cross_attention(q, k, v)
@@ -294,20 +305,21 @@ def test_opcheck_score_std(backend, device):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_without_a_graph_break(dynamic, backend, device):
-    def guided(q, k, v, layout, sigma):
+    def guided(q, k, v, layout, bias, sigma):
         scale = 0.1 * torch.log1p(sigma**2) * ck.score_std(q, k)
-        return ck.cross_attention(q, k, v, layout.with_scale(scale)) + ck.cross_attention(q, k, v)
+        biased = ck.cross_attention(q, k, v, layout.with_scale(scale)) + ck.cross_attention(q, k, v, bias)
+        return biased + ck.cross_attention(q, k, v)
 
     torch._dynamo.reset()
     compiled = torch.compile(guided, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n in (9, 12):
         q, k, v, _, labels, table = inputs((2, 2, n, 6, 8), torch.float32, device, "layout")
-        layout = ck.LayoutBias(labels, table)
+        layout, bias = ck.LayoutBias(labels, table), torch.randn(n, 6, device=device, requires_grad=True)
         sigma = torch.tensor(2.0, device=device)
         results = []
         for function in (guided, compiled):
-            out = function(q, k, v, layout, sigma)
-            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, table))])
+            out = function(q, k, v, layout, bias, sigma)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, table, bias))])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -331,17 +343,20 @@ def test_gradient_of_a_gradient_is_refused(backend, device):
         grad.sum().backward()
 
 
-def test_autocast_casts_to_its_dtype_and_gradients_come_back(backend, device):
-    q, k, v, *_ = inputs((1, 2, 9, 6, 8), torch.float32, device)
+@pytest.mark.parametrize("low", LOW[1:], ids=str)
+@pytest.mark.parametrize("given_dtypes", [LOW, [*LOW[1:], LOW[0]]], ids=["float32 query", "bfloat16 query"])
+def test_autocast_casts_to_its_dtype_and_gradients_come_back(given_dtypes, low, backend, device):
+    q, k, v = (
+        x.detach().to(dtype).requires_grad_()
+        for x, dtype in zip(inputs((1, 2, 9, 6, 8), torch.float32, device), given_dtypes, strict=False)
+    )
     bias = torch.randn(9, 6, device=device)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        out = ck.cross_attention(q, k.bfloat16(), v, bias)
+    with torch.autocast(device, dtype=low):
+        out = ck.cross_attention(q, k, v, bias)
         out.float().sum().backward()  # inside the block, where autocast is still on
-    assert out.dtype is torch.bfloat16 and q.grad.dtype is torch.float32
-    expected = ck.cross_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias)
-    assert torch.equal(out, expected)
-    with torch.autocast(device, dtype=torch.bfloat16):
         assert ck.score_std(q, k).dtype is torch.float32
+    assert out.dtype is low and [x.grad.dtype for x in (q, k, v)] == given_dtypes
+    assert torch.equal(out, ck.cross_attention(q.to(low), k.to(low), v.to(low), bias))
 
 
 GOOD = {"query": (1, 2, 6, 8), "key": (1, 2, 5, 8), "value": (1, 2, 5, 8)}
@@ -356,6 +371,11 @@ GOOD = {"query": (1, 2, 6, 8), "key": (1, 2, 5, 8), "value": (1, 2, 5, 8)}
         ({"key": torch.zeros(1, 2, 8)}, ValueError, "key must have shape"),
         ({"key": torch.zeros(1, 3, 5, 8)}, ValueError, r"key must have shape \(1, 2, 5, 8\)"),
         ({"key": torch.zeros(1, 2, 5, 4)}, ValueError, "key must have shape"),
+        (
+            {"key": torch.zeros(1, 2, 0, 8), "value": torch.zeros(1, 2, 0, 8)},
+            ValueError,
+            r"key must have at least one text token .*\(1, 2, 0, 8\) with query \(1, 2, 6, 8\)",
+        ),
         (
             {"key": torch.zeros(1, 2, 5, 8, dtype=torch.bfloat16)},
             TypeError,
@@ -417,6 +437,14 @@ def test_operators_check_their_arguments_too():
         OPS.cross_attention(q, k, k, None, labels.long(), table, 1.0)
     with pytest.raises(ValueError, match="got both"):
         OPS.cross_attention(q, k, k, torch.zeros(1, 1, 6, 5), labels, table, 1.0)
+    for stray in (-1, 1, 2**31 - 1):  # past LayoutBias: checked where the kernels are called
+        labels[0, 3] = stray
+        with pytest.raises(
+            ValueError, match=rf"labels must lie in 0 … 0 \(table has 1 regions\), got {stray}"
+        ):
+            OPS.cross_attention(q, k, k, None, labels, table, 1.0)
+        with pytest.raises(ValueError, match="labels must lie in"):
+            OPS.cross_attention_backward(q, q, k, k, None, labels, table, 1.0, [True] * 3 + [False] * 2)
     with pytest.raises(ValueError, match="grad_out must have shape"):
         OPS.cross_attention_backward(k, q, k, k, None, None, None, 1.0, [True] * 3 + [False] * 2)
 
@@ -427,7 +455,7 @@ def test_operators_check_their_arguments_too():
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES[:4], (3, 2, 17, 5, 24), (1, 1, 1, 2, 8)], ids=str)
 def test_score_std(shape, dtype, backend, device):
-    if dtype is torch.float64 and backend == "triton":
+    if dtype is torch.float64 and backend not in ("reference", "cpu"):
         pytest.skip("no float64 there")
     q, k, *_ = inputs(shape, dtype, device, grad=False)
     q = q + 0.5  # a mean, so that the second term counts
@@ -454,8 +482,93 @@ def test_score_std_gradcheck_and_edges(backend64):
         ck.score_std(low, k.float())
     with pytest.raises(ValueError, match="key must have shape"):
         ck.score_std(torch.ones(1, 2, 4, 3), torch.ones(1, 2, 5, 4))
+    with pytest.raises(ValueError, match="key must have at least one text token"):
+        ck.score_std(torch.ones(1, 2, 4, 3), torch.ones(1, 2, 0, 3))
     with pytest.raises(TypeError, match="query must be a torch.Tensor"):
         ck.score_std(None, k)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(backend, device, monkeypatch) -> str:
+    if device == "cpu":
+        pytest.skip("what is tested is the GPU's")
+    monkeypatch.delenv("CK_DEBUG", raising=False)
+    return device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "dense", "layout"])
+def test_a_cuda_graph_of_forward_and_backward(kind, gpu):
+    *_, labels, _ = inputs((2, 3, 200, 77, 40), torch.bfloat16, gpu, kind)
+
+    def step(q, k, v, *bias):
+        if labels is not None:
+            bias = [ck.LayoutBias(labels, *bias, ck.score_std(q, k))]
+        return ck.cross_attention(q, k, v, *bias)
+
+    def leaves():
+        return tuple(
+            x
+            for x in inputs((2, 3, 200, 77, 40), torch.bfloat16, gpu, kind)
+            if x is not None and x.requires_grad
+        )
+
+    captured = torch.cuda.make_graphed_callables(step, leaves())
+    for _ in range(2):
+        given, upstream = leaves(), torch.randn(2, 3, 200, 40, device=gpu).bfloat16()
+        results = []
+        for function in (step, captured):
+            out = function(*given)
+            results.append([x.clone() for x in (out, *torch.autograd.grad(out, given, upstream))])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "dense", "layout"])
+def test_the_current_stream_is_used(kind, gpu):
+    args = inputs((2, 3, 200, 77, 40), torch.bfloat16, gpu, kind, grad=False)
+    upstream = torch.randn(2, 3, 200, 40, device=gpu).bfloat16()
+    expected = gradients(OPS.cross_attention.default, args, 0.2, upstream), ck.score_std(*args[:2])
+    late = [None if x is None else torch.zeros_like(x) for x in args]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # cycles; another stream would read zeros
+        for x, y in zip(late, args, strict=True):
+            if x is not None:
+                x.copy_(y)
+        found = gradients(OPS.cross_attention.default, late, 0.2, upstream), ck.score_std(*late[:2])
+    torch.cuda.synchronize()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one(gpu):
+    args = inputs((2, 3, 200, 77, 40), torch.bfloat16, gpu, "layout", grad=False)
+    upstream, found = torch.randn(2, 3, 200, 40, device=gpu).bfloat16(), []
+    for device in ("cuda:0", "cuda:1"):
+        moved = [None if x is None else x.to(device) for x in args]
+        out, grads = gradients(OPS.cross_attention.default, moved, 0.2, upstream.to(device))
+        found.append([x.cpu() for x in (out, *grads, ck.score_std(*moved[:2]))])
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_stray_labels_on_a_gpu_are_named_in_debug_mode_and_harmless_without(gpu, monkeypatch):
+    q, k, v, _, labels, table = inputs((1, 2, 40, 77, 40), torch.bfloat16, gpu, "layout")
+    labels[0, ::3], labels[0, 1::3] = 2**31 - 1, -(2**31)
+    out = ck.cross_attention(q, k, v, ck.LayoutBias(labels, table))
+    grads = torch.autograd.grad(out.float().sum(), (q, k, v, table))
+    assert all(x.isfinite().all() for x in (out, *grads))
+    monkeypatch.setenv("CK_DEBUG", "1")
+    with pytest.raises(ValueError, match="labels must lie in 0 … 4 .*, got -2147483648"):
+        ck.LayoutBias(labels, table)
+    with pytest.raises(ValueError, match="labels must lie in 0 … 4"):
+        OPS.cross_attention(q, k, v, None, labels, table, 1.0)
 
 
 # --- which backend --------------------------------------------------------------------------------
@@ -475,7 +588,7 @@ def test_backend_choice_and_its_reasons(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "float64" in ck.explain("cpu", torch.float64)
     monkeypatch.setenv("CK_BACKEND", "fast")
-    with pytest.raises(ValueError, match="CK_BACKEND must be one of reference, cpu, triton, got 'fast'"):
+    with pytest.raises(ValueError, match="must be one of reference, cpu, cuda, triton, got 'fast'"):
         ck.cross_attention(q, q, q)
 
 

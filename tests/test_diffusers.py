@@ -11,12 +11,15 @@ from torch import nn
 import customdiff_kernels as ck
 
 diffusers = pytest.importorskip("diffusers")
+accelerate = pytest.importorskip("accelerate")
+from diffusers.loaders import AttnProcsLayers  # noqa: E402
 from diffusers.models.attention_processor import (  # noqa: E402
     Attention,
     AttnProcessor,
     CustomDiffusionAttnProcessor,
     CustomDiffusionAttnProcessor2_0,
 )
+from safetensors.torch import load_file  # noqa: E402
 
 SD1 = {"attention_head_dim": 2}  # the published configuration calls the number of heads so
 SD2 = {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True}
@@ -80,9 +83,11 @@ def kv_weights(unet) -> list[nn.Parameter]:
     return [p.requires_grad_() for n, p in unet.named_parameters() if n.endswith(ends)]
 
 
-def custom_diffusion(unet, cls=CustomDiffusionAttnProcessor2_0, train_q_out=False) -> list[nn.Parameter]:
+def custom_diffusion(
+    unet, cls=CustomDiffusionAttnProcessor2_0, train_q_out=False, dtype=None
+) -> list[nn.Parameter]:
     """Set diffusers' Custom Diffusion processors as its training script does; returns what they train."""
-    processors, trained = {}, []
+    processors, trained, dtype = {}, [], dtype or unet.dtype
     for name, attn in unet.named_modules():
         if not isinstance(attn, Attention):
             continue
@@ -95,7 +100,10 @@ def custom_diffusion(unet, cls=CustomDiffusionAttnProcessor2_0, train_q_out=Fals
                 noise = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
                 linear = getattr(processor, f"to_{kind}_custom_diffusion")
                 linear.weight.data = weight.detach() + noise.to(weight)
-        processors[f"{name}.processor"] = processor.to(unet.dtype)
+            if processor.train_q_out:
+                processor.to_q_custom_diffusion.load_state_dict(attn.to_q.state_dict())
+                processor.to_out_custom_diffusion.load_state_dict(attn.to_out.state_dict())
+        processors[f"{name}.processor"] = processor.to(dtype)
         trained += processor.parameters()
     unet.set_attn_processor(processors)
     return trained
@@ -189,6 +197,87 @@ def test_diffusers_saves_the_same_file_after_a_take_over(tmp_path):
     assert all(torch.equal(w, after[name]) for name, w in before.items() if isinstance(w, torch.Tensor))
 
 
+class Text(nn.Module):
+    """Stands for the text encoder, of which the script trains the embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(20, 32)
+
+    def forward(self, ids):
+        return (self.tokens(ids),)
+
+
+def train_as_the_script_does(
+    folder, patch, precision="no", checkpointing=False, train_q_out=False, safe=True
+):
+    """Diffusers' examples/custom_diffusion/train_custom_diffusion.py, step by step, on random latents.
+
+    ``patch``: with the one line that this library asks for. Returns the losses, the trained weights by name,
+    before and after, and what ``save_attn_procs`` wrote.
+    """
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=True)
+    unet, text = tiny_unet(torch.bfloat16 if precision == "bf16" else torch.float32), Text()
+    custom_diffusion(unet, train_q_out=train_q_out, dtype=torch.float32)
+    if patch:
+        ck.patch_unet(unet)
+    layers = AttnProcsLayers(unet.attn_processors)
+    accelerator.register_for_checkpointing(layers)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    # an epsilon far above Adam's usual one, which would turn the rounding of gradients near zero into steps
+    optimizer = torch.optim.AdamW([*text.parameters(), *layers.parameters()], lr=0.01, eps=0.01)
+    layers, text, optimizer = accelerator.prepare(layers, text, optimizer)
+
+    def weights():
+        return {name: w.clone() for name, w in (layers.state_dict() | text.state_dict()).items()}
+
+    losses, before, g = [], weights(), torch.Generator().manual_seed(4)
+    unet.train()
+    for _ in range(3):
+        with accelerator.accumulate(unet), accelerator.accumulate(text):
+            latents, noise = torch.randn(2, 2, 4, 8, 8, generator=g).to(unet.dtype)
+            ids = torch.randint(0, 20, (2, 7), generator=g)
+            predicted = unet(latents, torch.tensor([3, 700]), text(ids)[0]).sample
+            loss = nn.functional.mse_loss(predicted.float(), noise.float())
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_([*text.parameters(), *layers.parameters()], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    after = weights()
+
+    accelerator.save_state(folder)
+    for weight in layers.parameters():
+        weight.data.zero_()
+    accelerator.load_state(folder)  # --resume_from_checkpoint
+    unet = unet.to(torch.float32)
+    unet.save_attn_procs(folder, safe_serialization=safe)
+    file = folder / f"pytorch_custom_diffusion_weights.{'safetensors' if safe else 'bin'}"
+    unet.load_attn_procs(folder, weight_name=file.name)
+    return losses, before, after, load_file(file) if safe else torch.load(file)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "bf16", "checkpointing": True, "safe": False}, {"train_q_out": True}],
+    ids=["plain", "bf16", "crossattn"],
+)
+def test_diffusers_training_script_with_one_added_line(options, tmp_path):
+    theirs = train_as_the_script_does(tmp_path / "theirs", False, **options)
+    ours = train_as_the_script_does(tmp_path / "ours", True, **options)
+    tolerance = 0.05 if "precision" in options else 1e-3
+    assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
+    (_, before, want, _), (_, _, got, file) = theirs, ours
+    assert got.keys() == want.keys() and file.keys() == theirs[3].keys()
+    for name, weight in want.items():
+        moved, error = (weight - before[name]).norm(), (got[name] - weight).norm()
+        assert 0 < moved and error <= tolerance * moved, f"{name}: moved {moved:.3g}, error {error:.3g}"
+        assert "tokens" in name or torch.equal(file[name], got[name])
+
+
 def test_stacked_projection_matches_custom_diffusion():
     """Our training step (one stacked weight, start token frozen) is diffusers' training step."""
     unet = tiny_unet()
@@ -258,13 +347,37 @@ def test_wrapped_and_trainable_projections_still_train():
     unet = tiny_unet()
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
     attn.to_q, attn.to_v = Lora(attn.to_q), Lora(attn.to_v)
-    other = unet.up_blocks[0].attentions[0].transformer_blocks[0].attn2
+    other, third = (unet.up_blocks[0].attentions[i].transformer_blocks[0].attn2 for i in (0, 1))
     trained = [*attn.to_q.down.parameters(), *attn.to_q.up.parameters(), *attn.to_v.up.parameters()]
+    third.to_out[0] = Lora(third.to_out[0])
+    trained += third.to_out[0].up.parameters()
     trained += [other.to_q.weight.requires_grad_(), other.to_out[0].bias.requires_grad_()]
     given = inputs(unet)
     want = run(unet, given, trained)
     ck.patch_unet(unet)
     assert_all_close(run(unet, given, trained), want)
+
+
+class Quantised(torch.Tensor):
+    """A weight that only its own ``linear`` can use: what it holds must not be read as numbers."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            x, weight, *bias = (a.as_subclass(torch.Tensor) if isinstance(a, cls) else a for a in args)
+            return function(x, 2 * weight, *bias)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_weights_of_another_class_are_left_to_their_own_linear():
+    unet = tiny_unet()
+    for attn in (m for n, m in unet.named_modules() if n.endswith("attn2")):
+        weight = attn.to_q.weight.detach().as_subclass(Quantised)
+        attn.to_q.weight = nn.Parameter(weight, requires_grad=False)
+    given = inputs(unet)
+    want = run(unet, given)
+    ck.patch_unet(unet)
+    assert_all_close(run(unet, given), want)
 
 
 def test_inference_with_weights_that_require_grad():
@@ -384,14 +497,15 @@ def test_gradient_checkpointing():
     assert_all_close([grad], [torch.cat([grads[s.name] for s in stack.segments])])
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("trainable_query", [False, True])
-def test_autocast(trainable_query):
+def test_autocast(trainable_query, low):
     unet = tiny_unet()
     weights, given = kv_weights(unet), inputs(unet)
     if trainable_query:
         weights += [p.requires_grad_() for n, p in unet.named_parameters() if n.endswith("attn2.to_q.weight")]
     exact = run(unet, given, weights)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", low):
         theirs = run(unet, given, weights)
         ck.patch_unet(unet)
         ours = run(unet, given, weights)

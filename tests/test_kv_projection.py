@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import customdiff_kernels as ck
 from customdiff_kernels import _backends
+from customdiff_kernels.kv_projection import ops as kv_ops
 from customdiff_kernels.kv_projection.reference import kv_cross_attention_reference, kv_project_reference
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -103,6 +104,8 @@ def test_projection_keeps_master_weights_under_autocast():
         ({"weight": torch.zeros(8, 6, dtype=torch.int32)}, TypeError, "weight must be .* got int32"),
         ({"frozen_tokens": 6}, ValueError, r"frozen_tokens must lie in 0 … 5 \(S\), got 6"),
         ({"frozen_tokens": -1}, ValueError, "frozen_tokens must lie in"),
+        ({"frozen_tokens": 1.5}, TypeError, "frozen_tokens must be an integer, got float"),
+        ({"context": torch.zeros(2, 0, 6)}, ValueError, r"context must have at least one .*\(2, 0, 6\)"),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else None,
 )
@@ -184,11 +187,9 @@ def test_block_with_a_layout_equals_its_dense_bias(backend64):
     torch.testing.assert_close(*results)
 
 
-def test_block_every_combination_of_requires_grad(backend):
-    tensors = (
-        block(dtype=torch.float32, bias=(1, 1, 9, 7)) if backend != "triton" else pytest.skip("CPU tensors")
-    )
-    upstream = torch.randn(2, 9, 10)
+def test_block_every_combination_of_requires_grad(backend, device):
+    tensors = block(dtype=torch.float32, device=device, bias=(1, 1, 9, 7))
+    upstream = torch.randn(2, 9, 10, device=device)
     everything = run(ck.kv_cross_attention, tensors, 3, upstream)[1:]
     for wants in itertools.product([False, True], repeat=4):
         x, k, v, bias = (
@@ -220,6 +221,23 @@ def test_block_saves_its_inputs_and_nothing_else(autocast, backend, device):
     assert x.grad.dtype is k.grad.dtype is torch.float32
 
 
+@pytest.mark.parametrize("bias", [None, (1, 1, 9, 7), (7, 1, 9, 7)], ids=str)
+def test_a_large_batch_is_worked_through_in_parts(bias, monkeypatch):
+    """The same results, and between the projections no more than a quarter of the batch at a time."""
+    tensors = block(b=7, bias=bias)
+    upstream, seen, forward = torch.randn(7, 9, 10, dtype=torch.float64), [], kv_ops.run_forward
+    monkeypatch.setattr(kv_ops, "run_forward", lambda q, *rest: seen.append(len(q)) or forward(q, *rest))
+    whole = run(ck.kv_cross_attention, tensors, 3, upstream)
+    monkeypatch.setattr(kv_ops, "_LARGE", 0)
+    for one, other in zip(whole, run(ck.kv_cross_attention, tensors, 3, upstream), strict=True):
+        torch.testing.assert_close(other, one)
+    assert seen == [7, 2, 2, 2, 1]
+    x, *others, fixed = tensors
+    x = x.detach().requires_grad_()
+    y = ck.kv_cross_attention(x, *others, heads=3, bias=fixed)  # a bias that is not trained: in parts
+    torch.testing.assert_close(torch.autograd.grad(y, x, upstream)[0], whole[1])
+
+
 def test_block_reads_keys_and_values_where_they_lie(monkeypatch):
     x, k, v, w_q, w_out, b_out, _ = block(dtype=torch.float32)
     seen = {}
@@ -247,12 +265,13 @@ def test_frozen_weights_that_want_a_gradient_are_an_error(backend64):
         torch.testing.assert_close(y, kv_cross_attention_reference(x, k, v, *frozen, heads=3))
 
 
-def test_block_under_autocast_equals_casting_by_hand(backend, device):
+@pytest.mark.parametrize("low", LOW[1:], ids=str)
+def test_block_under_autocast_equals_casting_by_hand(low, backend, device):
     tensors = block(dtype=torch.float32, device=device)
-    upstream = torch.randn(2, 9, 10, device=device).bfloat16()
-    with torch.autocast(device, dtype=torch.bfloat16):
+    upstream = torch.randn(2, 9, 10, device=device).to(low)
+    with torch.autocast(device, dtype=low):
         auto = run(ck.kv_cross_attention, tensors, 3, upstream)  # backward inside the block, too
-    hand = run(ck.kv_cross_attention, [None if t is None else t.bfloat16() for t in tensors], 3, upstream)
+    hand = run(ck.kv_cross_attention, [None if t is None else t.to(low) for t in tensors], 3, upstream)
     assert torch.equal(auto[0], hand[0])
     torch.testing.assert_close(auto[1:], [t.float() for t in hand[1:]])
 
@@ -278,8 +297,6 @@ def test_block_strided_and_empty(backend64):
     )
     empty = ck.kv_cross_attention(x[:, :0], k, v, w_q, w_out, heads=3)
     assert empty.shape == (1, 0, 10)
-    no_text = ck.kv_cross_attention(x, k[:, :0], v[:, :0], w_q, w_out, b_out, heads=3)
-    torch.testing.assert_close(no_text, b_out.expand(1, 9, 10))
     assert torch.equal(
         ck.kv_cross_attention(x, k, v, w_q, w_out, heads=np.int64(3)),
         ck.kv_cross_attention(x, k, v, w_q, w_out, heads=3),
@@ -322,19 +339,23 @@ def test_opcheck_projection():
 
 
 class Layers(torch.nn.Module):
-    """Two cross-attention layers on one stacked projection: the project's spine in small."""
+    """Cross-attention layers of each bias on one stacked projection: the project's spine in small."""
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(4 * 24, 6) / 6**0.5)
+        self.weight = torch.nn.Parameter(torch.randn(6 * 24, 6) / 6**0.5)
         for name, shape in (("w_q", (24, 10)), ("w_out", (10, 24)), ("b_out", (10,))):
             self.register_buffer(name, torch.randn(shape) / 5)
 
+        self.table = torch.nn.Parameter(torch.randn(1, 3, 7))
+        self.register_buffer("labels", torch.arange(9).view(1, 9) % 3)
+
     def forward(self, hidden, context):
-        k0, v0, k1, v1 = ck.kv_project(context, self.weight, 1).split(24, -1)
-        for key, value in ((k0, v0), (k1, v1)):
-            y = ck.kv_cross_attention(hidden, key, value, self.w_q, self.w_out, self.b_out, heads=3)
-            hidden = hidden + y
+        k0, v0, k1, v1, k2, v2 = ck.kv_project(context, self.weight, 1).split(24, -1)
+        layout, dense = ck.LayoutBias(self.labels, self.table), self.table[:, self.labels[0]].unsqueeze(1)
+        for key, value, bias in ((k0, v0, None), (k1, v1, layout), (k2, v2, dense)):
+            frozen = self.w_q, self.w_out, self.b_out
+            hidden = hidden + ck.kv_cross_attention(hidden, key, value, *frozen, heads=3, bias=bias)
         return hidden
 
 
@@ -349,8 +370,29 @@ def test_compile_without_a_graph_break(autocast, backend, device):
     for function in (model, compiled):
         with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
             out = function(hidden, context)
-        results.append([out, *torch.autograd.grad(out.square().sum(), (hidden, model.weight))])
+        results.append([out, *torch.autograd.grad(out.square().sum(), (hidden, model.weight, model.table))])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_of_forward_and_backward(backend, device):
+    if device == "cpu":
+        pytest.skip("what is tested is the GPU's")
+    model, plain = Layers().to(device), Layers().to(device)
+    plain.load_state_dict(model.state_dict())
+
+    def make():
+        hidden = torch.randn(2, 9, 10, device=device, requires_grad=True)
+        return hidden, torch.randn(2, 7, 6, device=device)
+
+    captured = torch.cuda.make_graphed_callables(model, make())
+    for _ in range(2):
+        (hidden, context), results = make(), []
+        for function, weights in ((captured, model.parameters()), (plain, plain.parameters())):
+            out = function(hidden, context)
+            found = torch.autograd.grad(out.square().sum(), (hidden, *weights))
+            results.append([x.clone() for x in (out, *found)])
+        torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(
@@ -362,6 +404,11 @@ def test_compile_without_a_graph_break(autocast, backend, device):
         ({"hidden": torch.zeros(2, 9, 10, dtype=torch.int64)}, TypeError, "hidden must be .* got int64"),
         ({"key": torch.zeros(2, 7, 16)}, ValueError, r"key must have shape \(2, 7, 24\)"),
         ({"key": torch.zeros(3, 7, 24)}, ValueError, "key must have shape"),
+        (
+            {"key": torch.zeros(2, 0, 24), "value": torch.zeros(2, 0, 24)},
+            ValueError,
+            r"key must have at least one text token .*\(2, 0, 24\) with hidden \(2, 9, 10\)",
+        ),
         ({"key": torch.zeros(2, 7, 24).bfloat16()}, TypeError, "key must be float32, got bfloat16"),
         ({"value": torch.zeros(2, 6, 24)}, ValueError, r"value must have shape \(2, 7, 24\) as key"),
         ({"value": torch.zeros(2, 7, 24, device="meta")}, ValueError, "value is on meta and key on cpu"),

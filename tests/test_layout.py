@@ -213,17 +213,25 @@ LABELS, TABLE = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 2, 3)
         ((LABELS[0], TABLE), ValueError, r"labels must have shape \(B\|1,N\)"),
         ((LABELS, TABLE[0]), ValueError, r"table must have shape \(B\|1,regions,S\)"),
         ((LABELS, TABLE.long()), TypeError, "table must be .*, got int64"),
-        ((LABELS + 2, TABLE), ValueError, "labels must lie in 0 … 1 .table has 2 regions., got 2 … 2"),
-        ((LABELS - 1, TABLE), ValueError, "labels must lie in 0"),
+        ((LABELS + 2, TABLE), ValueError, "labels must lie in 0 … 1 .table has 2 regions., got 2$"),
+        ((LABELS - 1, TABLE), ValueError, "labels must lie in 0 .*, got -1$"),
         ((LABELS.expand(2, -1), TABLE.expand(3, -1, -1)), ValueError, "must agree in batch, got 2 and 3"),
         ((LABELS, TABLE.to("meta")), ValueError, "table is on meta and labels on cpu"),
         ((LABELS, TABLE, torch.zeros(2)), ValueError, "scale must be a number or a 0-dim tensor"),
+        ((LABELS, TABLE, torch.zeros((), device="meta")), ValueError, "scale is on meta and table on cpu"),
+        ((LABELS, TABLE, "x"), TypeError, "scale must be a number, got str"),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else None,
 )
 def test_bad_labels_and_tables_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         ck.LayoutBias(*arguments)
+
+
+def test_labels_elsewhere_than_on_the_cpu_are_not_read():
+    """Which would wait for a GPU, and cannot be captured in a CUDA graph."""
+    layout = ck.LayoutBias((LABELS + 7).to("meta"), TABLE.to("meta"), torch.ones((), device="meta"))
+    assert layout.dense().shape == (1, 1, 4, 3)
 
 
 GOOD = {"boxes": {"dog": (0, 0, 1, 1)}, "tokens": {"dog": [1]}, "size": (4, 4), "n_tokens": 8}

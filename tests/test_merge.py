@@ -380,6 +380,8 @@ def test_opcheck():
     factor = MergeSolver(torch.randn(30, 6)).factor
     targets = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(OPS.merge_basis, (factor, targets))
+    found = OPS.merge_basis(factor, targets.detach())
+    torch.library.opcheck(OPS.merge_basis_backward, (torch.randn_like(found[0]), factor, *found))
     torch.library.opcheck(OPS.merge_residual, (weight, w1, c1))
     basis = torch.randn(3, 6, requires_grad=True)
     torch.library.opcheck(OPS.merge_apply, (weight, [w1, w2.detach()], [c1, c2], basis))

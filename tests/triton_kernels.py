@@ -6,10 +6,13 @@ float32, so it proves the algorithm, the masks and the addresses, and says nothi
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -89,7 +92,7 @@ def run(query, key, value, bias, labels, table, scale, grad_out):
 NAMES = ("out", "grad_query", "grad_key", "grad_value", "grad_bias", "grad_table")
 
 
-def compare(no_worse, query, key, value, bias=None, labels=None, table=None, scale=None):
+def compare(no_worse, query, key, value, bias=None, labels=None, table=None, scale=None, slack=0):
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     grad_out = torch.randn_like(query)
     inputs = (query, key, value, bias, table)
@@ -101,13 +104,13 @@ def compare(no_worse, query, key, value, bias=None, labels=None, table=None, sca
     ours = run(query, key, value, bias, labels, table, scale, grad_out)
     for name, got, plain, right in zip(NAMES, ours, eager, exact, strict=True):
         if got is not None:
-            no_worse(name, got, plain.to(got.dtype), right)
+            no_worse(name, got, plain.to(got.dtype), right, slack)
 
 
 SHAPES = [
     pytest.param(n_keys, dim, marks=[] if n_keys == 77 or dim == 40 else pytest.mark.slow)
-    for n_keys in (1, 7, 77, 80, 128, 154)
-    for dim in (24, 40, 56, 64, 80, 128, 160)
+    for n_keys in (1, 7, 77, 80, 128, 154, 512)
+    for dim in (24, 40, 56, 64, 80, 128, 160, 256)
 ]
 
 
@@ -122,6 +125,59 @@ def test_shapes_in_float32(no_worse, n_keys, dim):
 )
 def test_shapes_in_16_bits(no_worse, dtype, n_keys, dim):
     compare(no_worse, *(heads(n, dim, dtype, n_heads=1) for n in (40, n_keys, n_keys)))
+
+
+@pytest.mark.parametrize("dim", range(8, 257, 8))
+def test_every_head_dimension(no_worse, dim):
+    compare(no_worse, *(heads(n, dim, torch.float16, n_heads=1) for n in (17, 20, 20)))
+
+
+@pytest.mark.parametrize(
+    "n_keys", [pytest.param(n, marks=[] if n % 16 in (0, 1, 15) else pytest.mark.slow) for n in range(1, 145)]
+)
+def test_every_length_of_the_context(no_worse, n_keys):
+    compare(no_worse, *(heads(n, 24, torch.float16, n_heads=1) for n in (17, n_keys, n_keys)))
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+CASES = st.tuples(
+    st.tuples(*[st.integers(1, most) for most in (2, 2, 24, 100, 80)]),
+    st.sampled_from(DTYPES),
+    st.tuples(*[st.booleans()] * 3),
+    st.none() | st.sampled_from(["BHNS", "1H1S", "B1N1", "layout"]),
+)
+
+
+def check_case(no_worse, case):
+    torch.manual_seed(0)
+    (batch, n_heads, n, n_keys, dim), dtype, memory, bias = case
+    q, k, v = (
+        heads(rows, dim, dtype, batch, n_heads, interleaved)
+        for rows, interleaved in zip((n, n_keys, n_keys), memory, strict=True)
+    )
+    more = {}
+    if bias == "layout":
+        more["labels"] = torch.randint(0, 4, (1, n), dtype=torch.int32, device=DEVICE)
+        more["table"] = torch.randn(batch, 4, n_keys, device=DEVICE)
+    elif bias:
+        full = {"B": batch, "H": n_heads, "N": n, "S": n_keys, "1": 1}
+        more["bias"] = torch.randn([full[c] for c in bias], device=DEVICE)
+    compare(no_worse, q, k, v, **more, slack=16 if q.numel() >= 32 * dim else 128)
+
+
+@settings(max_examples=12)
+@given(case=CASES)
+def test_random_shapes(no_worse, case):
+    check_case(no_worse, case)
+
+
+@pytest.mark.slow
+@settings(max_examples=500)
+@given(case=CASES)
+def test_500_random_shapes(no_worse, case):
+    check_case(no_worse, case)
 
 
 @pytest.mark.parametrize("n_keys", [20, 77])
@@ -146,6 +202,28 @@ def test_layout_bias(no_worse, batch_labels, batch_table, n_keys):
     table = torch.randn(batch_table, 19, n_keys, device=DEVICE)
     q, k, v = (heads(n, 40, torch.float16, 2) for n in (20, n_keys, n_keys))
     compare(no_worse, q, k, v, labels=labels, table=table)
+
+
+def test_a_label_outside_the_table_means_no_bias(no_worse):
+    """Nothing is read or written out of bounds, whatever the labels hold."""
+    labels = torch.randint(0, 3, (1, 20), dtype=torch.int32, device=DEVICE)
+    table = torch.randn(1, 3, 77, device=DEVICE)
+    q, k, v, g = (heads(n, 40, torch.float16) for n in (20, 77, 77, 20))
+    stray = labels.clone()
+    for i, label in enumerate((-1, 3, 1 << 20, 2**31 - 1, -(2**31))):
+        stray[0, 4 * i], labels[0, 4 * i] = label, 3
+    right = run(q, k, v, None, labels, torch.cat([table, torch.zeros_like(table)], 1), 0.2, g)
+    right[-1] = right[-1][:, :3]
+    for name, got, expected in zip(NAMES, run(q, k, v, None, stray, table, 0.2, g), right, strict=True):
+        assert got is expected is None or torch.equal(got, expected), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_bias_in_every_dtype(no_worse, dtype):
+    q, k, v = (heads(n, 64, dtype) for n in (20, 77, 77))
+    compare(no_worse, q, k, v, bias=torch.randn(1, 2, 20, 77, device=DEVICE))
+    labels = torch.randint(0, 3, (1, 20), dtype=torch.int32, device=DEVICE)
+    compare(no_worse, q, k, v, labels=labels, table=torch.randn(1, 3, 77, device=DEVICE))
 
 
 def test_16_bit_bias_and_table(no_worse):
@@ -200,16 +278,21 @@ def test_writes_only_its_own_rows():
     assert all((x[..., 40:] == 7.0).all() for x in memory)
 
 
-@pytest.mark.parametrize("n_keys", [77, 154])
-def test_each_gradient_alone(n_keys):
+@pytest.mark.parametrize("n_keys, layout", [(20, True), (90, False)])
+def test_each_subset_of_the_gradients(n_keys, layout):
     """Any gradient may be left out, and the others do not change by a bit."""
-    q, k, v, g = (heads(n, 40, torch.float16, n_heads=1) for n in (40, n_keys, n_keys, 40))
-    bias = torch.randn(1, 1, 40, n_keys, device=DEVICE)
-    together = run(q, k, v, bias, None, None, 0.2, g)[1:5]
-    for i, right in enumerate(together):
-        grads = [poisoned(right) if j == i else None for j in range(4)]
-        kernels.attention_backward(g, q, k, v, bias, None, None, 0.2, *grads, None)
-        assert torch.equal(grads[i], right)
+    q, k, v, g = (heads(n, 24, torch.float16, n_heads=1) for n in (20, n_keys, n_keys, 20))
+    biases = [torch.randn(1, 1, 20, n_keys, device=DEVICE), None, None]
+    if layout:
+        labels = torch.randint(0, 3, (1, 20), dtype=torch.int32, device=DEVICE)
+        biases = [None, labels, torch.randn(1, 3, n_keys, device=DEVICE)]
+    together = run(q, k, v, *biases, 0.2, g)[1:]
+    for wanted in itertools.product([False, True], repeat=4):
+        wanted = [*wanted[:3], wanted[3] and not layout, wanted[3] and layout]
+        grads = [poisoned(x) if want else None for x, want in zip(together, wanted, strict=True)]
+        kernels.attention_backward(g, q, k, v, *biases, 0.2, *grads)
+        for got, right, want in zip(grads, together, wanted, strict=True):
+            assert not want or torch.equal(got, right)
 
 
 @pytest.mark.parametrize("n_keys", [77, 154])
@@ -217,7 +300,7 @@ def test_repeatable_and_split_anyhow(monkeypatch, n_keys):
     """Two runs give the same bits; another split of the queries gives the same numbers to rounding."""
     labels = torch.randint(0, 3, (1, 50), dtype=torch.int32, device=DEVICE)
     table = torch.randn(1, 3, n_keys, device=DEVICE)
-    q, k, v, g = (heads(n, 40, torch.float16) for n in (50, n_keys, n_keys, 50))
+    q, k, v, g = (heads(n, 40, torch.float16, n_heads=1) for n in (50, n_keys, n_keys, 50))
     first, second = (run(q, k, v, None, labels, table, 0.2, g) for _ in range(2))
     monkeypatch.setattr(kernels, "_processors", lambda x: 1)
     other = run(q, k, v, None, labels, table, 0.2, g)

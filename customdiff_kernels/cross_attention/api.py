@@ -35,7 +35,8 @@ def cross_attention(
 
     Raises:
         TypeError: a dtype that is not supported or differs from query's.
-        ValueError: a shape, device or stride that does not fit; the message names the argument.
+        ValueError: a shape, device or stride that does not fit, a context of no tokens, a label without a row
+            in its table (see :class:`LayoutBias`); the message names the argument.
         RuntimeError: no backend can run (see :func:`customdiff_kernels.explain`); the message says what would
             help.
     """

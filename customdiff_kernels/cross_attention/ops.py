@@ -56,8 +56,8 @@ def run_forward(
     out: Tensor,
 ) -> None:
     """Write the attention into ``out`` (B,H,N,D), any strides, through the chosen backend."""
-    if out.numel() == 0 or key.shape[2] == 0:
-        out.zero_()
+    _checks.label_values(labels, table)
+    if out.numel() == 0:
         return
     backend = _backends.for_tensors(query=query, key=key, value=value)
     backend.attention_forward(query, key, value, bias, labels, table, scale, out)
@@ -109,8 +109,9 @@ def run_backward(
     grads: Sequence[Tensor | None],
 ) -> None:
     """Fill ``grads`` (of query, key, value, bias, table; None: not wanted) through the chosen backend."""
+    _checks.label_values(labels, table)
     wanted = [grad for grad in grads if grad is not None]
-    if query.numel() == 0 or key.shape[2] == 0:
+    if query.numel() == 0:
         for grad in wanted:
             grad.zero_()
     elif wanted:
@@ -125,17 +126,17 @@ def empty_gradients(inputs: Sequence[Any], needed: Sequence[bool]) -> list[Tenso
     (float64).
     """
     sums = _checks.sum_dtype(inputs[0].dtype)
-    like: list[dict[str, Any]] = [{}] * 3 + [{"dtype": sums, "memory_format": torch.contiguous_format}] * 2
-    return [
-        torch.empty_like(x, **options) if want and x is not None else None
-        for x, want, options in zip(inputs, needed, like, strict=True)
+    dense, contiguous = inputs[:3], torch.contiguous_format
+    return [torch.empty_like(x) if want else None for x, want in zip(dense, needed[:3], strict=True)] + [
+        torch.empty_like(x, dtype=sums, memory_format=contiguous) if want and x is not None else None
+        for x, want in zip(inputs[3:], needed[3:], strict=True)
     ]
 
 
 def finished(grads: Sequence[Tensor | None], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """The gradients in their arguments' dtypes; an empty tensor for one that was not wanted."""
     return tuple(
-        inputs[0].new_empty(0) if grad is None else grad.to(x.dtype)
+        inputs[0].new_empty(0) if grad is None else grad if grad.dtype is x.dtype else grad.to(x.dtype)
         for grad, x in zip(grads, inputs, strict=True)
     )
 
@@ -148,9 +149,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5)]
     grads = _backward_op(grad_out, *ctx.saved_tensors, ctx.scale, needed)
-    query, key, value, bias, table = (
+    query, key, value, bias, table = [
         grad if want else None for grad, want in zip(grads, needed, strict=True)
-    )
+    ]
     return query, key, value, bias, None, table, None
 
 

@@ -8,6 +8,7 @@ tiles are chosen. Launches go to the current stream of the tensors' device.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -249,4 +250,9 @@ def _options(config: configs.Config) -> dict[str, object]:
 
 
 def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    return _processors_of(x.device) if x.is_cuda else 4
+
+
+@cache
+def _processors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -29,11 +29,13 @@ def kv_project(context: Tensor, weight: Tensor, frozen_tokens: int = 0) -> Tenso
         gradient each.
 
     Raises:
-        TypeError: an argument that is no floating tensor. ValueError: a shape or device that does not fit.
+        TypeError: an argument that is no floating tensor, or no integer.
+        ValueError: a shape or device that does not fit, or a context of no tokens.
     """
     for name, tensor in (("context", context), ("weight", weight)):
         _checks.is_tensor(name, tensor)
         _checks.floating(name, tensor)
+    frozen_tokens = _checks.integer("frozen_tokens", frozen_tokens)
     context = context.to(torch.promote_types(context.dtype, weight.dtype))
     return torch.ops.customdiff.kv_project.default(context, weight, frozen_tokens)
 
@@ -66,8 +68,8 @@ def kv_cross_attention(
         value and the bias; saved for that are these alone, the queries and probabilities are computed again.
 
     Raises:
-        ValueError: a shape, device or stride that does not fit; or a weight that requires a gradient while
-            gradients are on: it would get none.
+        ValueError: a shape, device or stride that does not fit; a context of no tokens; or a weight that
+            requires a gradient while gradients are on: it would get none.
         TypeError, RuntimeError: as :func:`cross_attention`.
     """
     tensors = {"hidden": hidden, "key": key, "value": value, "w_q": w_q, "w_out": w_out}

@@ -88,10 +88,37 @@ _project_backward_op = register(
 
 # --- kv_cross_attention ---------------------------------------------------------------------------
 
+_LARGE = 32 << 20  # bytes of the queries from which on memory counts, and a part of them keeps a GPU busy
+
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """(B,N,inner) seen as (B,H,N,D)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _parts(hidden: Tensor, w_q: Tensor) -> list[slice]:
+    """The batch rows that the block takes together: all, or a quarter of them where they are many.
+
+    Between the projections everything exists for one part at a time.
+    """
+    batch, n, _ = hidden.shape
+    size = batch * n * w_q.shape[0] * hidden.element_size()
+    step = -(-batch // 4) if size >= _LARGE else max(batch, 1)
+    return [slice(i, i + step) for i in range(0, max(batch, 1), step)]
+
+
+def _product_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """out (B,N,C) = x (B,N,K) weight (K,C) + bias (C); ``out`` is contiguous."""
+    x, out = x.flatten(0, 1), out.view(-1, out.shape[-1])
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias, x, weight, out=out)
+
+
+def _rows(bias: Tensor | None, rows: slice) -> Tensor | None:
+    """Those batch rows of a bias, its labels or its table; all of one that serves every row."""
+    return bias if bias is None or bias.shape[0] == 1 else bias[rows]
 
 
 def _attend(
@@ -109,11 +136,21 @@ def _attend(
 ) -> Tensor:
     _checks.kv_block(hidden, key, value, w_q, w_out, b_out, heads, bias, labels, table)
     dtype = hidden.dtype
-    query = linear(hidden, w_q.to(dtype)).contiguous()
-    attended = torch.empty_like(query)
+    w_q, w_out, b_out = w_q.to(dtype), w_out.to(dtype), None if b_out is None else b_out.to(dtype)
     key, value = _heads(key, heads), _heads(value, heads)
-    run_forward(_heads(query, heads), key, value, bias, labels, table, scale, _heads(attended, heads))
-    return linear(attended, w_out.to(dtype), None if b_out is None else b_out.to(dtype))
+
+    out = hidden.new_empty(*hidden.shape[:2], w_out.shape[0])
+
+    def attend(rows: slice) -> None:
+        query = linear(hidden[rows], w_q).contiguous()
+        attended = torch.empty_like(query)
+        q, o = _heads(query, heads), _heads(attended, heads)
+        run_forward(q, key[rows], value[rows], *(_rows(x, rows) for x in (bias, labels, table)), scale, o)
+        _product_into(out[rows], attended, w_out.T, b_out)
+
+    for rows in _parts(hidden, w_q):
+        attend(rows)
+    return out
 
 
 def _attend_fake(
@@ -148,16 +185,28 @@ def _attend_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     _checks.kv_block(hidden, key, value, w_q, w_out, None, heads, bias, labels, table)
-    dtype, inner = hidden.dtype, w_q.shape[0]
-    w_q = w_q.to(dtype)
-    query = linear(hidden, w_q).contiguous()
-    d_attended = (grad_out.flatten(0, 1) @ w_out.to(dtype)).view(query.shape)
-    grads = empty_gradients((query, key, value, bias, table), needed)
-    by_head = [_heads(g, heads) if i < 3 and g is not None else g for i, g in enumerate(grads)]
-    q, k, v, g = (_heads(x, heads) for x in (query, key, value, d_attended))
-    run_backward(g, q, k, v, bias, labels, table, scale, by_head)
-    if grads[0] is not None:
-        grads[0] = (grads[0].view(-1, inner) @ w_q).view(hidden.shape)
+    dtype = hidden.dtype
+    w_q, w_out = w_q.to(dtype), w_out.to(dtype)
+    grads = empty_gradients((hidden, key, value, bias, table), needed)
+    grads[0] = hidden.new_empty(hidden.shape) if needed[0] else None
+    d_hidden, d_key, d_value, *d_bias = grads
+
+    def propagate(rows: slice) -> None:
+        query = linear(hidden[rows], w_q).contiguous()
+        d_attended = torch.empty_like(query)
+        _product_into(d_attended, grad_out[rows], w_out)
+        d_query = None if d_hidden is None else torch.empty_like(query)
+        q, k, v, g = (_heads(x, heads) for x in (query, key[rows], value[rows], d_attended))
+        d_qkv = (d_query, *(None if x is None else x[rows] for x in (d_key, d_value)))
+        by_head = [None if x is None else _heads(x, heads) for x in d_qkv]
+        some_bias = (_rows(x, rows) for x in (bias, labels, table))
+        run_backward(g, q, k, v, *some_bias, scale, [*by_head, *d_bias])
+        if d_hidden is not None and d_query is not None:
+            _product_into(d_hidden[rows], d_query, w_q)
+
+    # A bias may be shared by all rows, and its gradient is their sum.
+    for rows in _parts(hidden, w_q) if d_bias == [None, None] else [slice(None)]:
+        propagate(rows)
     return finished(grads, (hidden, key, value, bias, table))
 
 
