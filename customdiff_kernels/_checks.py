@@ -67,10 +67,8 @@ def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor
 
 def like(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     """``value`` has the shape, dtype and device of ``reference``."""
-    if value.dtype is not reference.dtype:
-        floating(name, value, reference.dtype)
-    if value.shape != reference.shape:
-        shape(name, value, reference.shape, f"as {reference_name}")
+    floating(name, value, reference.dtype)
+    shape(name, value, reference.shape, f"as {reference_name}")
     same_device(name, value, reference_name, reference)
 
 

@@ -27,7 +27,9 @@ inline int64_t half_up(int64_t n) {
 void copy_rows(Pair* target, int64_t words, const Tensor& tensor, int64_t b, int64_t h, int64_t first,
                int64_t rows) {
   const int64_t n = tensor.size[3], stride = tensor.stride[3];
+  const Ahead ahead = rows_ahead(tensor, b, h, first, rows);
   for (int64_t i = 0; i < rows; ++i, target += words) {
+    ahead.fetch(i + kRowsAhead, 1);
     const uint16_t* source = static_cast<const uint16_t*>(tensor.at(b, h, first + i));
     Element* row = reinterpret_cast<Element*>(target);
     if (stride == 1) {
@@ -39,11 +41,24 @@ void copy_rows(Pair* target, int64_t words, const Tensor& tensor, int64_t b, int
   }
 }
 
+// The same rows where they lie if they can be read as whole words, else copied into `room`.
+Rows<Pair> words_of(const Tensor& tensor, int64_t b, int64_t h, int64_t first, int64_t rows, Pair* room,
+                    int64_t words) {
+  const void* start = tensor.at(b, h, first);
+  const bool even =
+      (tensor.size[3] | tensor.stride[2]) % 2 == 0 && reinterpret_cast<uintptr_t>(start) % 4 == 0;
+  if (even && tensor.stride[3] == 1) return {static_cast<const Pair*>(start), tensor.stride[2] / 2};
+  copy_rows(room, words, tensor, b, h, first, rows);
+  return {room, words};
+}
+
 // Rows of `words` words, paired; a last row without a neighbour is paired with zeros.
-void pair_copied(const Pair* rows, int64_t words, int64_t count, Pair* target, int64_t padded) {
+void pair_rows(const Rows<Pair>& rows, int64_t words, int64_t count, Pair* target, int64_t padded,
+               const Ahead& ahead = {}) {
   for (int64_t i = 0; i < count; i += 2, target += padded) {
-    const Element* low = reinterpret_cast<const Element*>(rows + i * words);
-    const Element* high = low + 2 * words;
+    ahead.fetch(i + kRowsAhead, 2);
+    const Element* low = reinterpret_cast<const Element*>(rows.data + i * rows.stride);
+    const Element* high = low + 2 * rows.stride;
     if (i + 1 < count) {
       for (int64_t j = 0; j < 2 * words; ++j) target[j] = Pair(low[j]) | Pair(high[j]) << 16;
     } else {
@@ -94,18 +109,19 @@ void forward_bf16(const Attention& a, int64_t b, Range heads, Range queries) {
   ForwardBuffers16 m = placed<ForwardBuffers16>(a, shape, heads);
 
   for (int64_t i = 0; i < heads.end - heads.begin; ++i) {
-    copy_rows(m.rows, Dw, a.key, b, heads.begin + i, 0, S);
-    transpose(m.rows, S, Dw, Dw, m.keys_t + i * Dw * Sp, Sp);
-    copy_rows(m.rows, Dw, a.value, b, heads.begin + i, 0, S);
-    pair_copied(m.rows, Dw, S, m.values + i * Sw * Dp, Dp);
+    const int64_t h = heads.begin + i;
+    const Rows<Pair> keys = words_of(a.key, b, h, 0, S, m.rows, Dw);
+    transpose(keys.data, S, Dw, keys.stride, m.keys_t + i * Dw * Sp, Sp, rows_ahead(a.key, b, h, 0, S));
+    pair_rows(words_of(a.value, b, h, 0, S, m.rows, Dw), Dw, S, m.values + i * Sw * Dp, Dp,
+              rows_ahead(a.value, b, h, 0, S));
   }
   m.bias.begin(a, b, heads);
 
   for_blocks(heads, queries, [&](const Block& block, const Block& next) {
     const int64_t i = block.head - heads.begin, n = block.rows;
-    copy_rows(m.rows, Dw, a.query, b, block.head, block.first, n);
+    const Rows<Pair> query = words_of(a.query, b, block.head, block.first, n, m.rows, Dw);
     m.bias.next(a, b, block.head, block.first, n);
-    gemm<Pair>({m.rows, Dw, 1, m.keys_t + i * Dw * Sp, Sp, m.scores, Sp, n, Sp, Dw, false,
+    gemm<Pair>({query.data, query.stride, 1, m.keys_t + i * Dw * Sp, Sp, m.scores, Sp, n, Sp, Dw, false,
                 rows_ahead(a.query, b, next)});
     softmax_rows(m.scores, float(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp,
                  [&](int64_t row, int64_t j, Vec<float> e) {
@@ -183,11 +199,12 @@ void backward_batch(const Attention& a, const BackwardTask& task, const Shape& s
 
   for (int64_t h = heads.begin; h < heads.end; ++h) {
     const int64_t i = h - heads.begin;
-    copy_rows(m.rows, Dw, a.value, b, h, 0, S);
-    transpose(m.rows, S, Dw, Dw, m.values_t + i * Dw * Sp, Sp);
-    copy_rows(m.rows, Dw, a.key, b, h, 0, S);
-    transpose(m.rows, S, Dw, Dw, m.keys_t + i * Dw * Sp, Sp);
-    pair_copied(m.rows, Dw, S, m.keys + i * Sw * Dp, Dp);
+    const Rows<Pair> values = words_of(a.value, b, h, 0, S, m.rows, Dw);
+    transpose(values.data, S, Dw, values.stride, m.values_t + i * Dw * Sp, Sp,
+              rows_ahead(a.value, b, h, 0, S));
+    const Rows<Pair> keys = words_of(a.key, b, h, 0, S, m.rows, Dw);
+    transpose(keys.data, S, Dw, keys.stride, m.keys_t + i * Dw * Sp, Sp, rows_ahead(a.key, b, h, 0, S));
+    pair_rows(keys, Dw, S, m.keys + i * Sw * Dp, Dp);
   }
   m.bias.begin(a, b, heads);
 
@@ -197,13 +214,13 @@ void backward_batch(const Attention& a, const BackwardTask& task, const Shape& s
     const bool accumulate = first != task.queries.begin;
     float* grad_key = reinterpret_cast<float*>(task.key_value + (b * a.heads() + h) * task.key_value_stride);
     float* grad_value = grad_key + S * Dp;
-    copy_rows(m.query, Dw, a.query, b, h, first, n);
-    copy_rows(m.grad_out, Dw, a.grad_out, b, h, first, n);
+    const Rows<Pair> query = words_of(a.query, b, h, first, n, m.query, Dw);
+    const Rows<Pair> grad_out = words_of(a.grad_out, b, h, first, n, m.grad_out, Dw);
     m.bias.next(a, b, h, first, n);
 
-    gemm<Pair>({m.query, Dw, 1, m.keys_t + i * Dw * Sp, Sp, m.p, Sp, n, Sp, Dw, false,
+    gemm<Pair>({query.data, query.stride, 1, m.keys_t + i * Dw * Sp, Sp, m.p, Sp, n, Sp, Dw, false,
                 rows_ahead(a.query, b, next)});
-    gemm<Pair>({m.grad_out, Dw, 1, m.values_t + i * Dw * Sp, Sp, m.dp, Sp, n, Sp, Dw, false,
+    gemm<Pair>({grad_out.data, grad_out.stride, 1, m.values_t + i * Dw * Sp, Sp, m.dp, Sp, n, Sp, Dw, false,
                 rows_ahead(a.grad_out, b, next)});
     softmax_rows(m.p, float(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
     if (n % 2) {  // the last row's neighbour
@@ -215,11 +232,11 @@ void backward_batch(const Attention& a, const BackwardTask& task, const Shape& s
                             m.p_pairs + r / 2 * Sp, m.ds + r * Sp / 2, m.ds_pairs + r / 2 * Sp);
     }
     if (a.grad_value) {
-      pair_copied(m.grad_out, Dw, n, m.grad_pairs, Dp);
+      pair_rows(grad_out, Dw, n, m.grad_pairs, Dp);
       gemm<Pair>({m.p_pairs, 1, Sp, m.grad_pairs, Dp, grad_value, Dp, S, Dp, pairs, accumulate});
     }
     if (a.grad_key) {
-      pair_copied(m.query, Dw, n, m.query_pairs, Dp);
+      pair_rows(query, Dw, n, m.query_pairs, Dp);
       gemm<Pair>({m.ds_pairs, 1, Sp, m.query_pairs, Dp, grad_key, Dp, S, Dp, pairs, accumulate});
     }
     if (a.grad_query) {

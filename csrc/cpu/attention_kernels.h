@@ -50,17 +50,18 @@ void forward(const Attention& a, int64_t b, Range heads, Range queries) {
   ForwardBuffers<T> m = placed<ForwardBuffers<T>>(a, shape, heads);
 
   for (int64_t i = 0; i < heads.end - heads.begin; ++i) {
-    load_rows(m.rows, Dp, a.key, b, heads.begin + i, 0, S, T(1));
-    transpose(m.rows, S, D, Dp, m.keys_t + i * D * Sp, Sp);
+    const Rows<T> keys = rows_of(a.key, b, heads.begin + i, 0, S, m.rows, Dp);
+    transpose(keys.data, S, D, keys.stride, m.keys_t + i * D * Sp, Sp,
+              rows_ahead(a.key, b, heads.begin + i, 0, S));
     load_rows(m.values + i * S * Dp, Dp, a.value, b, heads.begin + i, 0, S, T(1));
   }
   m.bias.begin(a, b, heads);
 
   for_blocks(heads, queries, [&](const Block& block, const Block& next) {
     const int64_t i = block.head - heads.begin, n = block.rows;
-    load_rows(m.query, Dp, a.query, b, block.head, block.first, n, T(1));
+    const Rows<T> query = rows_of(a.query, b, block.head, block.first, n, m.query, Dp);
     m.bias.next(a, b, block.head, block.first, n);
-    gemm<T>({m.query, Dp, 1, m.keys_t + i * D * Sp, Sp, m.scores, Sp, n, Sp, D, false,
+    gemm<T>({query.data, query.stride, 1, m.keys_t + i * D * Sp, Sp, m.scores, Sp, n, Sp, D, false,
              rows_ahead(a.query, b, next)});
     softmax_rows(m.scores, T(a.scale * kLog4E), m.bias, m.inverse_sum, n, Sp);
     gemm<T>({m.scores, Sp, 1, m.values + i * S * Dp, Dp, m.out, Dp, n, Dp, S, false,
@@ -101,8 +102,8 @@ void backward_batch(const Attention& a, const BackwardTask& task, const Shape& s
   for (int64_t h = heads.begin; h < heads.end; ++h) {
     const int64_t i = h - heads.begin;
     T* keys = m.keys + i * S * Dp;  // V's rows pass through here on their way to Vᵀ
-    load_rows(keys, Dp, a.value, b, h, 0, S, T(1));
-    transpose(keys, S, D, Dp, m.values_t + i * D * Sp, Sp);
+    const Rows<T> values = rows_of(a.value, b, h, 0, S, keys, Dp);
+    transpose(values.data, S, D, values.stride, m.values_t + i * D * Sp, Sp, rows_ahead(a.value, b, h, 0, S));
     load_rows(keys, Dp, a.key, b, h, 0, S, T(1));
     transpose(keys, S, D, Dp, m.keys_t + i * D * Sp, Sp);
   }

@@ -2,7 +2,7 @@
 // a time (A) may lie either way round, the one that is read a vector at a time (B) is packed and padded.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/rows.h"
 
 namespace ck {
 namespace CK_ISA {
@@ -28,22 +28,6 @@ inline V multiply_add(T x, V y, V sum) {
 
 template <class E>
 using Sum = typename std::conditional<std::is_same<E, double>::value, double, float>::type;
-
-// Rows of memory that are needed soon: asked for a few at a time while a product is computed, since the
-// processor does not guess the next row of a strided tensor.
-struct Ahead {
-  const char* first = nullptr;
-  int64_t stride = 0, bytes = 0, rows = 0;
-
-  void fetch(int64_t row, int64_t count) const {
-    const int64_t end = row + count < rows ? row + count : rows;
-    for (; row < end; ++row) {
-      const char* start = first + row * stride;
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(start + i);
-      __builtin_prefetch(start + bytes - 1);
-    }
-  }
-};
 
 template <class E>
 struct Gemm {

@@ -155,17 +155,64 @@ inline void store_row(const T* source, void* target, DType dtype, int64_t stride
   }
 }
 
+// Rows of memory that are needed soon: asked for a few at a time, while a product is computed or the rows
+// before them are copied, since the processor does not guess the next row of a strided tensor.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t stride = 0, bytes = 0, rows = 0;
+
+  void fetch(int64_t row, int64_t count) const {
+    const int64_t end = row + count < rows ? row + count : rows;
+    for (; row < end; ++row) {
+      const char* start = first + row * stride;
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(start + i);
+      __builtin_prefetch(start + bytes - 1);
+    }
+  }
+};
+
+// Rows [first, first + rows) of tensor[b, h].
+inline Ahead rows_ahead(const Tensor& t, int64_t b, int64_t h, int64_t first, int64_t rows) {
+  if (t.stride[3] != 1 || rows == 0) return {};
+  const int64_t item = item_size(t.dtype);
+  return {static_cast<const char*>(t.at(b, h, first)), t.stride[2] * item, t.size[3] * item, rows};
+}
+
+constexpr int64_t kRowsAhead = 4;
+
 // Rows [first, first + rows) of tensor[b, h] into packed rows of `padded` elements.
 template <class T>
 __attribute__((noinline)) void load_rows(T* target, int64_t padded, const Tensor& tensor, int64_t b,
                                          int64_t h, int64_t first, int64_t rows, T scale) {
+  const Ahead ahead = rows_ahead(tensor, b, h, first, rows);
   for (int64_t i = 0; i < rows; ++i) {
+    ahead.fetch(i + kRowsAhead, 1);
     load_row(target + i * padded, tensor.at(b, h, first + i), tensor.dtype, tensor.stride[3], tensor.size[3],
              padded, scale);
   }
 }
 
-// The inverse; row i is scaled by scale * row_scale[i] where row_scale is given.
+// Rows of elements of type T, `stride` apart.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+};
+
+// Rows [first, first + rows) of tensor[b, h] where they lie if they are of type T, else loaded into `room`.
+// Only the first tensor.size[3] elements of a row may be read.
+template <class T>
+Rows<T> rows_of(const Tensor& tensor, int64_t b, int64_t h, int64_t first, int64_t rows, T* room,
+                int64_t padded) {
+  const DType own = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+  if (tensor.dtype == own && tensor.stride[3] == 1) {
+    return {static_cast<const T*>(tensor.at(b, h, first)), tensor.stride[2]};
+  }
+  load_rows(room, padded, tensor, b, h, first, rows, T(1));
+  return {room, padded};
+}
+
+// The inverse of load_rows; row i is scaled by scale * row_scale[i] where row_scale is given.
 template <class T>
 __attribute__((noinline)) void store_rows(const T* source, int64_t padded, const Tensor& tensor, int64_t b,
                                           int64_t h, int64_t first, int64_t rows, T scale,
@@ -177,14 +224,15 @@ __attribute__((noinline)) void store_rows(const T* source, int64_t padded, const
 }
 
 // (rows, columns) with `padded` elements a row -> (columns, rows) with `out_padded` >= rows, zeros beyond
-// rows.
+// rows; `ahead`: the rows themselves, where they may not be in the cache yet.
 template <class T>
 __attribute__((noinline)) void transpose(const T* source, int64_t rows, int64_t columns, int64_t padded,
-                                         T* out, int64_t out_padded) {
+                                         T* out, int64_t out_padded, const Ahead& ahead = {}) {
   typedef typename VectorOf<T, 4>::type Four;
   const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
   for (int64_t i = 0; i < whole_rows; i += 4) {
     const T* x = source + i * padded;
+    ahead.fetch(i + kRowsAhead, 4);
     for (int64_t j = 0; j < whole_columns; j += 4, x += 4) {
       transpose4<T>(load<Four>(x), load<Four>(x + padded), load<Four>(x + 2 * padded),
                     load<Four>(x + 3 * padded), out + j * out_padded + i, out_padded);

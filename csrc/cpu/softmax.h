@@ -62,10 +62,7 @@ void for_blocks(Range heads, Range queries, Function function) {
 
 // The rows of a block, to be fetched.
 inline Ahead rows_ahead(const Tensor& t, int64_t b, const Block& block) {
-  if (t.stride[3] != 1 || block.rows == 0) return {};
-  const int64_t item = item_size(t.dtype);
-  return {static_cast<const char*>(t.at(b, block.head, block.first)), t.stride[2] * item, t.size[3] * item,
-          block.rows};
+  return rows_ahead(t, b, block.head, block.first, block.rows);
 }
 
 // The buffers of one task in this thread's scratch.

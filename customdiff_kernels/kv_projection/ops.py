@@ -145,7 +145,8 @@ def _attend(
         query = linear(hidden[rows], w_q).contiguous()
         attended = torch.empty_like(query)
         q, o = _heads(query, heads), _heads(attended, heads)
-        run_forward(q, key[rows], value[rows], *(_rows(x, rows) for x in (bias, labels, table)), scale, o)
+        some_bias = _rows(bias, rows), _rows(labels, rows), _rows(table, rows)
+        run_forward(q, key[rows], value[rows], *some_bias, scale, o)
         _product_into(out[rows], attended, w_out.T, b_out)
 
     for rows in _parts(hidden, w_q):
@@ -199,7 +200,7 @@ def _attend_backward(
         q, k, v, g = (_heads(x, heads) for x in (query, key[rows], value[rows], d_attended))
         d_qkv = (d_query, *(None if x is None else x[rows] for x in (d_key, d_value)))
         by_head = [None if x is None else _heads(x, heads) for x in d_qkv]
-        some_bias = (_rows(x, rows) for x in (bias, labels, table))
+        some_bias = _rows(bias, rows), _rows(labels, rows), _rows(table, rows)
         run_backward(g, q, k, v, *some_bias, scale, [*by_head, *d_bias])
         if d_hidden is not None and d_query is not None:
             _product_into(d_hidden[rows], d_query, w_q)
