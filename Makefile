@@ -14,11 +14,12 @@ INSTALLED := $(VENV)/installed-cuda-$(CUSTOMDIFF_CUDA)
 demo: $(INSTALLED)
 	$(BIN)/python -m customdiff.demo --out out/demo
 
+# One worker a core, one thread each: more would wait for one another.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
 
 # The same tests on the GPU, every kernel under compute-sanitizer, and the benchmarks (benchmarks/gpu.sh).
 test-gpu: $(INSTALLED)

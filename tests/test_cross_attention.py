@@ -595,11 +595,13 @@ def test_backend_choice_and_its_reasons(monkeypatch):
 def test_a_missing_backend_is_an_error_that_names_the_remedy(monkeypatch):
     monkeypatch.delenv("CK_BACKEND", raising=False)
     monkeypatch.setattr(_backends, "is_built", lambda: False)
+    monkeypatch.setattr(_backends, "has_cuda", lambda: False)
     monkeypatch.setattr(_backends, "has_triton", lambda: False)
     monkeypatch.setattr(_backends, "_choose", _backends._choose.__wrapped__)  # past the cache
     q = torch.zeros(1, 1, 2, 8)
     with pytest.raises(RuntimeError, match="native library is not built; pip install"):
         ck.cross_attention(q, q, q)
+    assert "CUSTOMDIFF_CUDA=ON pip install" in ck.explain("cuda")
     assert "pip install -U triton" in ck.explain("cuda")
     assert "no backend for mps" in ck.explain("mps")
 

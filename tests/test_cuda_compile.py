@@ -59,7 +59,7 @@ class Kernel(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory without a staged table, as the launches ask for them."""
+        """Bytes of dynamic shared memory, less what a layout asks for on top (its table, its gradient)."""
         size, *rest = self._numbers()
 
         def row(columns):  # of a tile: an odd number of 16 bytes

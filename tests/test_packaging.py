@@ -116,7 +116,7 @@ def test_wheel_builds_without_torch_and_holds_the_packages(sdist, tmp_path):
         cwd=tmp_path,
     )
     code = (
-        "import customdiff_kernels.cross_attention.cpu as n, torch; q = torch.ones(1, 1, 2, 3);"
+        "from customdiff_kernels.cross_attention import cpu as n; import torch; q = torch.ones(1, 1, 2, 3);"
         "print(n.__file__, n.score_moments(q, q)[0])"
     )
     file, total = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).split()

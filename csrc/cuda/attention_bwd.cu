@@ -36,12 +36,15 @@ struct BackwardShape {
   static constexpr int kRows = 16 * WARPS, kStride = padded_width<T>(DIM), kTile = kRows * kStride;
   static constexpr int kScoreStride = padded_width<T>(kRows), kScoreTile = kRows * kScoreStride;
   static constexpr int kBytes = ((2 * STAGES + 2) * kTile + 2 * kScoreTile) * sizeof(T);
+  // dS once more as float32, for the sums by label.
+  static constexpr int kExactStride = padded_width<float>(kRows);
+  static constexpr int kExactBytes = sizeof(T) == 4 ? 0 : kRows * kExactStride * sizeof(float);
 };
 
 // Adds the rows of dS to the sums of their labels, in global memory. A thread owns a column and a half of the
 // rows; a sum stays in its register until the label changes, which along an image is seldom.
-template <class T, int ROWS>
-__device__ __forceinline__ void add_by_label(float* sums, int width, const Bias& bias, int b, const T* ds,
+template <int ROWS>
+__device__ __forceinline__ void add_by_label(float* sums, int width, const Bias& bias, int b, const float* ds,
                                              int stride, int first, int queries) {
   const int column = threadIdx.x % ROWS, half = threadIdx.x / ROWS;
   int current = -1;
@@ -53,7 +56,7 @@ __device__ __forceinline__ void add_by_label(float* sums, int width, const Bias&
       current = label;
       sum = sums[current * width + column];
     }
-    sum += to_float(ds[i * stride + column]);
+    sum += ds[i * stride + column];
   }
   if (current >= 0) sums[current * width + column] = sum;
 }
@@ -73,8 +76,11 @@ __global__ void __launch_bounds__(32 * WARPS, kMinBlocks<T, DIM, BIAS>)
   T* const values = keys + Shape::kTile;
   T* const probabilities = values + Shape::kTile;
   T* const score_grads = probabilities + Shape::kScoreTile;
-  float* const staged =
-      BIAS && p.staged ? reinterpret_cast<float*>(dynamic_shared() + Shape::kBytes) : nullptr;
+  // With float32 the tile of dS is exact itself; a layout's table comes last.
+  float* const exact = sizeof(T) == 4 ? reinterpret_cast<float*>(score_grads)
+                                      : reinterpret_cast<float*>(dynamic_shared() + Shape::kBytes);
+  const int table_at = Shape::kBytes + (p.table != nullptr ? Shape::kExactBytes : 0);
+  float* const staged = BIAS && p.staged ? reinterpret_cast<float*>(dynamic_shared() + table_at) : nullptr;
 
   int index = blockIdx.x;
   const auto next = [&index](int n) {
@@ -151,6 +157,9 @@ __global__ void __launch_bounds__(32 * WARPS, kMinBlocks<T, DIM, BIAS>)
         for (int i = 0; i < 4; ++i) ds[n][i] = prob[n][i] * (ds[n][i] - dot.of(i));
       }
       store_tile(score_grads + warp_row * Shape::kScoreStride, Shape::kScoreStride, ds);
+      if (sizeof(T) == 2 && sums != nullptr) {
+        store_tile(exact + warp_row * Shape::kExactStride, Shape::kExactStride, ds);
+      }
       if (p.grad_query && first < p.queries) {
         float dq[kColumns][4];
         clear(dq);
@@ -172,8 +181,7 @@ __global__ void __launch_bounds__(32 * WARPS, kMinBlocks<T, DIM, BIAS>)
       product_tn<T, kRows>(dk, score_grads + warp_row, Shape::kScoreStride, queries + place + slice, kStride);
     }
     if (sums != nullptr) {
-      add_by_label<T, kRows>(sums, width, p.bias, b, score_grads, Shape::kScoreStride, block * kRows,
-                             p.queries);
+      add_by_label<kRows>(sums, width, p.bias, b, exact, Shape::kExactStride, block * kRows, p.queries);
     }
   }
 
@@ -194,7 +202,7 @@ __global__ void __launch_bounds__(32 * WARPS, kMinBlocks<T, DIM, BIAS>)
 
 struct Variant {
   void (*kernel)(BackwardParams);
-  int rows, slice, threads, bytes;
+  int rows, slice, threads, bytes, exact_bytes;
   bool one_tile;
 };
 
@@ -202,12 +210,13 @@ template <class T, int DIM, int SLICE, int WARPS, int STAGES, bool ONE_TILE, boo
 Variant variant() {
   using Shape = BackwardShape<T, DIM, WARPS, STAGES>;
   static_assert(DIM % SLICE == 0, "a head is a whole number of slices");
-  static_assert(Shape::kBytes <= kMostShared, "fits an A100");
+  static_assert(Shape::kBytes + Shape::kExactBytes <= kMostShared, "fits an A100");
   return {attention_bwd_kernel<T, DIM, SLICE, WARPS, STAGES, ONE_TILE, BIAS>,
           Shape::kRows,
           SLICE,
           32 * WARPS,
           Shape::kBytes,
+          Shape::kExactBytes,
           ONE_TILE};
 }
 
@@ -228,7 +237,7 @@ Variant choose(int keys, int dim, bool biased) {
   }
   if (dim <= 80) return variant<T, 80, 80, 4, 2, false>();
   if (dim <= 160) return variant<T, 160, 80, 4, 1, false>();
-  return variant<T, 256, 64, 4, 1, false>();
+  return variant<T, 256, 64, 3, 1, false>();
 }
 
 template <>
@@ -313,9 +322,10 @@ void run_main(const Attention& a, const Plan& plan, const RowStats& stats, float
   p.table = a.grad_table ? scratch + plan.table : nullptr;
 
   const Variant& v = plan.variant;
-  const int64_t table = staged_bytes(p.bias, v.one_tile, v.rows, v.bytes, device);
+  const int bytes = v.bytes + (a.grad_table ? v.exact_bytes : 0);
+  const int64_t table = staged_bytes(p.bias, v.one_tile, v.rows, bytes, device);
   p.staged = table > 0;
-  launch(v.kernel, size.groups() * plan.slices * plan.chunks * plan.tiles, v.threads, v.bytes + table, stream,
+  launch(v.kernel, size.groups() * plan.slices * plan.chunks * plan.tiles, v.threads, bytes + table, stream,
          p);
 
   if (p.partial_query) sum_parts(a.grad_query, scratch + plan.query, queries, plan.tiles, size.dim, stream);
