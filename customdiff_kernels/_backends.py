@@ -25,9 +25,8 @@ import torch
 from . import _checks
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-CONTIGUOUS_ROWS = frozenset(
-    {"cuda", "triton"}
-)  # these read the head dimension with stride 1; the others any strides
+CONTIGUOUS_ROWS = frozenset({"cuda", "triton"})  # they read the head dimension with stride 1, others any
+NO_FLOAT64 = "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
 BUILD = "pip install --no-build-isolation -e . in the source folder (or pip install . for a copy)"
 
 
@@ -74,20 +73,17 @@ def _refuses(name: str, device: torch.device, dtype: torch.dtype, interpreted: b
         if device.type != "cuda":
             return f"it takes CUDA tensors, got {device.type}"
         if dtype is torch.float64:
-            return "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
+            return NO_FLOAT64
         if not has_cuda():
             return f"the CUDA kernels are not built; CUSTOMDIFF_CUDA=ON {BUILD}"
-        capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
-        return (
-            None
-            if capability >= (8, 0)
-            else f"it takes sm_80 and later, got sm_{capability[0]}{capability[1]}"
-        )
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+            return "it takes sm_80 and later, got sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        return None
     if name == "triton":
         if device.type != "cuda" and not (device.type == "cpu" and interpreted):
             return f"it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1), got {device.type}"
         if dtype is torch.float64:
-            return "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
+            return NO_FLOAT64
         return None if has_triton() else "triton 3.3 or later is not installed; pip install -U triton"
     return None
 
@@ -120,8 +116,7 @@ def has_triton() -> bool:
 @cache
 def load(name: str) -> ModuleType:
     """The module of a backend: ``attention_forward``, ``attention_backward`` and ``score_moments``."""
-    package = f"{__package__}.cross_attention"
-    return importlib.import_module(f"{package}.{name}")
+    return importlib.import_module(f"{__package__}.cross_attention.{name}")
 
 
 def for_tensors(**tensors: torch.Tensor) -> ModuleType:

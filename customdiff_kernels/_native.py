@@ -110,25 +110,44 @@ def attention(
     table: Tensor | None,
     scale: float,
 ) -> Any:
-    """The inputs of one attention, as every backend's functions take them; ``out`` or the gradients go into
-    its attributes, described.
+    """The inputs of one attention, as every backend's functions take them; ``out``, described, or the
+    :func:`gradients` go into its attributes.
     """
     return module.Attention(
         describe(module, query),
         describe(module, key),
         describe(module, value),
-        describe(module, dense(bias)),
+        describe(module, _dense(bias)),
         describe(module, None if labels is None else labels[:, None, :, None]),
-        describe(module, per_region(table)),
+        describe(module, _per_region(table)),
         scale,
     )
 
 
-def dense(bias: Tensor | None) -> Tensor | None:
+def gradients(
+    module: Any,
+    call: Any,
+    grad_out: Tensor,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_table: Tensor | None,
+) -> None:
+    """Tell ``call``, made by :func:`attention`, the upstream gradient and where the wanted ones go."""
+    call.grad_out = describe(module, grad_out)
+    call.grad_query = describe(module, grad_query)
+    call.grad_key = describe(module, grad_key)
+    call.grad_value = describe(module, grad_value)
+    call.grad_bias = describe(module, _dense(grad_bias))
+    call.grad_table = describe(module, _per_region(grad_table))
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
     """A bias, or its gradient, as (B|1,H|1,N|1,S|1)."""
     return bias if bias is None or bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]
 
 
-def per_region(table: Tensor | None) -> Tensor | None:
+def _per_region(table: Tensor | None) -> Tensor | None:
     """A table, or its gradient, (B|1,G,S) as (B|1,1,G,S)."""
     return None if table is None else table[:, None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._native import attention, dense, describe, module, per_region
+from .._native import attention, describe, gradients, module
 
 
 def attention_forward(
@@ -52,12 +52,7 @@ def attention_backward(
     """
     native = module()
     call = attention(native, query, key, value, bias, labels, table, scale)
-    call.grad_out = describe(native, grad_out)
-    call.grad_query = describe(native, grad_query)
-    call.grad_key = describe(native, grad_key)
-    call.grad_value = describe(native, grad_value)
-    call.grad_bias = describe(native, dense(grad_bias))
-    call.grad_table = describe(native, per_region(grad_table))
+    gradients(native, call, grad_out, grad_query, grad_key, grad_value, grad_bias, grad_table)
     device, stream = _where(query)
     size = native.cuda_attention_backward_scratch(call, device)
     scratch = torch.empty(size, dtype=torch.float32, device=query.device)

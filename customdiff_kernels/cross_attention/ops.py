@@ -136,7 +136,7 @@ def empty_gradients(inputs: Sequence[Any], needed: Sequence[bool]) -> list[Tenso
 def finished(grads: Sequence[Tensor | None], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """The gradients in their arguments' dtypes; an empty tensor for one that was not wanted."""
     return tuple(
-        inputs[0].new_empty(0) if grad is None else grad if grad.dtype is x.dtype else grad.to(x.dtype)
+        inputs[0].new_empty(0) if grad is None else grad.to(x.dtype)
         for grad, x in zip(grads, inputs, strict=True)
     )
 

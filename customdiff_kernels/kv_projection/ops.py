@@ -188,8 +188,8 @@ def _attend_backward(
     _checks.kv_block(hidden, key, value, w_q, w_out, None, heads, bias, labels, table)
     dtype = hidden.dtype
     w_q, w_out = w_q.to(dtype), w_out.to(dtype)
-    grads = empty_gradients((hidden, key, value, bias, table), needed)
-    grads[0] = hidden.new_empty(hidden.shape) if needed[0] else None
+    grads = empty_gradients((hidden, key, value, bias, table), [False, *needed[1:]])
+    grads[0] = hidden.new_empty(hidden.shape) if needed[0] else None  # contiguous, whatever hidden is
     d_hidden, d_key, d_value, *d_bias = grads
 
     def propagate(rows: slice) -> None:
