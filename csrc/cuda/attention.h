@@ -8,13 +8,13 @@ namespace ck {
 namespace cuda {
 
 // Fills a.out.
-void attention_forward(const Attention& a, int device, void* stream);
+void attention_forward(Attention a, int device, void* stream);
 
 // Numbers of float32 that attention_backward needs beside the tensors.
 int64_t attention_backward_scratch(const Attention& a, int device);
 
 // Fills the gradients that a has.
-void attention_backward(const Attention& a, int device, void* stream, float* scratch);
+void attention_backward(Attention a, int device, void* stream, float* scratch);
 
 // How many parts gram() leaves for each (b, h).
 int64_t gram_parts(const Tensor& rows, int device);

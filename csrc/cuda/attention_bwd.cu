@@ -17,18 +17,14 @@ namespace ck {
 namespace cuda {
 namespace {
 
-struct BackwardParams {
-  Matrices query, key, value, grad_out;
+struct BackwardParams : Problem {
   Matrices grad_query, grad_key, grad_value;  // of one part: see the strides below
   bool partial_query, partial_key_value;      // float32 partial sums instead of the gradients themselves
   int64_t query_part, key_value_part;         // elements between parts: of a tile of keys; of a chunk
-  Bias bias;
-  bool staged;  // the layout's table fits into shared memory
+  bool staged;                                // the layout's table fits into shared memory
   RowStats stats;
   float* table;  // (2 · chunks · heads, B, regions, tiles · KEYS), or null
-  int batch, heads, queries, keys, dim;
-  int blocks, chunks, tiles, slices;
-  float scale;
+  int batch, blocks, chunks, tiles, slices;
 };
 
 template <class T, int DIM, int WARPS, int STAGES>
@@ -298,14 +294,10 @@ void run_main(const Attention& a, const Plan& plan, const RowStats& stats, float
   const Sizes size = sizes(a);
   const int64_t keys = size.groups() * size.keys * size.dim,
                 queries = size.groups() * size.queries * size.dim;
-  BackwardParams p = {};
-  p.query = matrices(a.query), p.key = matrices(a.key), p.value = matrices(a.value);
-  p.grad_out = matrices(a.grad_out);
-  p.bias = bias_of(a);
+  BackwardParams p = {problem_of(a)};
   p.stats = stats;
-  p.batch = size.batch, p.heads = size.heads, p.queries = size.queries, p.keys = size.keys, p.dim = size.dim;
+  p.batch = size.batch;
   p.blocks = plan.blocks, p.chunks = plan.chunks, p.tiles = plan.tiles, p.slices = plan.slices;
-  p.scale = static_cast<float>(a.scale);
 
   p.partial_query = a.grad_query && plan.tiles > 1;
   p.query_part = queries;
@@ -349,9 +341,10 @@ int64_t attention_backward_scratch(const Attention& a, int device) {
   return plan_of(a, device_info(device)).scratch;
 }
 
-void attention_backward(const Attention& a, int device, void* stream, float* scratch) {
+void attention_backward(Attention a, int device, void* stream, float* scratch) {
   check_backward(a);
   check_covered(a);
+  expand_bias(a);
   const DeviceGuard guard(device);
   const Stream queue = static_cast<Stream>(stream);
   const Device info = device_info(device);

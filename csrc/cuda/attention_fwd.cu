@@ -11,13 +11,10 @@ namespace ck {
 namespace cuda {
 namespace {
 
-struct ForwardParams {
-  Matrices query, key, value, out;
-  Bias bias;
-  bool staged;  // the layout's table fits into shared memory
-  int heads, queries, keys, dim;
+struct ForwardParams : Problem {
+  Matrices out;
+  bool staged;                // the layout's table fits into shared memory
   int blocks, chunks, tiles;  // blocks of queries in all, chunks of them, tiles of keys
-  float scale;
 };
 
 template <class T, int DIM, int KEYS, bool ONE_TILE>
@@ -160,18 +157,16 @@ Variant choose<float>(int keys, int dim, bool) {
 
 }  // namespace
 
-void attention_forward(const Attention& a, int device, void* stream) {
+void attention_forward(Attention a, int device, void* stream) {
   check_forward(a);
   check_covered(a);
   const DeviceGuard guard(device);
   const Stream queue = static_cast<Stream>(stream);
   const Device info = device_info(device);
   const Sizes size = sizes(a);
-  ForwardParams p = {};
-  p.query = matrices(a.query), p.key = matrices(a.key), p.value = matrices(a.value), p.out = matrices(a.out);
-  p.bias = bias_of(a);
-  p.heads = size.heads, p.queries = size.queries, p.keys = size.keys, p.dim = size.dim;
-  p.scale = static_cast<float>(a.scale);
+  expand_bias(a);
+  ForwardParams p = {problem_of(a)};
+  p.out = matrices(a.out);
 
   Variant v;
   with_type(a.query.dtype,

@@ -8,12 +8,9 @@ namespace ck {
 namespace cuda {
 namespace {
 
-struct RowsParams {
-  Matrices query, key, value, grad_out;
-  Bias bias;
+struct RowsParams : Problem {
   RowStats stats;
-  int heads, queries, keys, dim, blocks, tiles;
-  float scale;
+  int blocks, tiles;
   // Of the bias gradient: (batch, heads, queries, keys) float32, contiguous; where all queries share a row,
   // one such row for each block of them: (blocks, batch, heads, keys).
   float* grad;
@@ -185,15 +182,9 @@ Variant choose(DType dtype, int dim) {
 }
 
 RowsParams params(const Attention& a, const RowStats& stats, const Variant& v) {
-  RowsParams p = {};
-  const Sizes size = sizes(a);
-  p.query = matrices(a.query), p.key = matrices(a.key), p.value = matrices(a.value);
-  p.grad_out = matrices(a.grad_out);
-  p.bias = bias_of(a);
+  RowsParams p = {problem_of(a)};
   p.stats = stats;
-  p.heads = size.heads, p.queries = size.queries, p.keys = size.keys, p.dim = size.dim;
-  p.blocks = divide_up(size.queries, v.queries), p.tiles = divide_up(size.keys, v.keys);
-  p.scale = static_cast<float>(a.scale);
+  p.blocks = divide_up(p.queries, v.queries), p.tiles = divide_up(p.keys, v.keys);
   return p;
 }
 

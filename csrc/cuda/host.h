@@ -40,13 +40,13 @@ inline Bias bias_of(const Attention& a) {
   Bias bias;
   const Tensor& from = a.table ? a.table : a.bias;
   if (!from) return bias;
-  const auto stride = [&from](int i) { return from.size[i] == 1 ? 0 : from.stride[i]; };
   bias.data = from.data;
-  bias.batch = stride(0), bias.head = stride(1), bias.row = stride(2), bias.key = stride(3);
+  bias.batch = from.stride[0], bias.head = from.stride[1], bias.row = from.stride[2];
+  bias.key = from.stride[3];
   bias.narrow = item_size(from.dtype) == 2;
   if (a.table) {
     bias.labels = static_cast<const int32_t*>(a.labels.data);
-    bias.labels_batch = a.labels.size[0] == 1 ? 0 : a.labels.stride[0];
+    bias.labels_batch = a.labels.stride[0];
     bias.regions = static_cast<int>(a.table.size[2]);
   }
   return bias;
@@ -61,6 +61,24 @@ struct Sizes {
 inline Sizes sizes(const Attention& a) {
   return {static_cast<int>(a.batch()), static_cast<int>(a.heads()), static_cast<int>(a.queries()),
           static_cast<int>(a.keys()), static_cast<int>(a.query.size[3])};
+}
+
+// What every attention kernel is told.
+struct Problem {
+  Matrices query, key, value, grad_out;
+  Bias bias;
+  int heads, queries, keys, dim;
+  float scale;
+};
+
+// Of an attention whose bias has been expanded (common/attention.h).
+inline Problem problem_of(const Attention& a) {
+  const Sizes size = sizes(a);
+  return {matrices(a.query), matrices(a.key),
+          matrices(a.value), matrices(a.grad_out),
+          bias_of(a),        size.heads,
+          size.queries,      size.keys,
+          size.dim,          static_cast<float>(a.scale)};
 }
 
 template <class T>
