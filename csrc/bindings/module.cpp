@@ -2,6 +2,7 @@
 #include "bindings/arguments.h"
 #include "common/thread_pool.h"
 #include "cpu/attention.h"
+#include "cpu/eigen.h"
 #include "cpu/kernels.h"
 #ifdef CK_CUDA_ARCHITECTURES
 #include "bindings/cuda.h"
@@ -58,4 +59,8 @@ PYBIND11_MODULE(_C, m) {
         return py::make_tuple(moments.sum, moments.sum_of_squares);
       },
       py::arg("query"), py::arg("key"), py::arg("threads"));
+  m.def("symmetric_eigenvalues", &ck::symmetric_eigenvalues, py::arg("matrices"), py::arg("reflectors"),
+        py::arg("numbers"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("tridiagonal_vectors", &ck::tridiagonal_vectors, py::arg("numbers"), py::arg("vectors"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

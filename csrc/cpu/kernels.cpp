@@ -3,6 +3,7 @@
 
 #include "cpu/attention_bf16.h"
 #include "cpu/attention_kernels.h"
+#include "cpu/eigen_kernels.h"
 #include "cpu/score_moments.h"
 
 #define CK_TEXT(name) CK_TEXT_(name)
@@ -49,8 +50,9 @@ void store_bias(const Attention& a, int64_t b, int64_t h, const char* partials, 
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {CK_TEXT(CK_ISA), attention_forward, attention_backward, partial_bytes,
-                       store_key_value, store_bias,        score_moments};
+const Kernels table = {CK_TEXT(CK_ISA), attention_forward,     attention_backward,
+                       partial_bytes,   store_key_value,       store_bias,
+                       score_moments,   symmetric_eigenvalues, tridiagonal_vectors};
 
 }  // namespace CK_ISA
 }  // namespace ck

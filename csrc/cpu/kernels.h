@@ -30,6 +30,13 @@ struct MomentsTask {
   double sum, sum_of_squares;
 };
 
+// One symmetric matrix and its tridiagonal form: eigen.h.
+struct EigenTask {
+  int64_t size;
+  const float* matrix;
+  float *reflectors, *diagonal, *off_diagonal, *tau, *values;
+};
+
 struct Kernels {
   const char* name;
   void (*attention_forward)(const Attention&, int64_t b, Range heads, Range queries);
@@ -42,6 +49,8 @@ struct Kernels {
   void (*store_bias)(const Attention&, int64_t b, int64_t h, const char* partials, int64_t count,
                      int64_t stride);
   void (*score_moments)(MomentsTask&);
+  void (*symmetric_eigenvalues)(const EigenTask&);
+  void (*tridiagonal_vectors)(const EigenTask&, int64_t first, int64_t count, float* vectors);
 };
 
 // The kernels of the best instruction set that was built and that this machine runs. The environment variable
