@@ -27,7 +27,7 @@ from .files import (
 )
 from .kv_projection import kv_cross_attention, kv_project
 from .layout import LayoutBias
-from .low_rank import LowRankDelta, compress, reconstruct
+from .low_rank import CompressedSegment, CompressionReport, LowRankDelta, compress, reconstruct
 from .merge import ConflictingConstraintsError, MergeReport, MergeSolver, SingularRegularizationError
 from .stack import KVStack, Segment
 
@@ -37,6 +37,8 @@ _LAZY = dict.fromkeys(("patch_unet", "patched", "unpatch_unet"), ".diffusers")  
 
 __all__ = [
     "BaseMismatchError",
+    "CompressedSegment",
+    "CompressionReport",
     "ConflictingConstraintsError",
     "DeltaFileError",
     "KVStack",

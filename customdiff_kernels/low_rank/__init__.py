@@ -1,5 +1,6 @@
 """Low-rank changes of the stacked key/value weights: compress and reconstruct. See MATH.md."""
 
-from .api import LowRankDelta, compress, reconstruct
+from .api import LowRankDelta, reconstruct
+from .compress import CompressedSegment, CompressionReport, compress
 
-__all__ = ["LowRankDelta", "compress", "reconstruct"]
+__all__ = ["CompressedSegment", "CompressionReport", "LowRankDelta", "compress", "reconstruct"]

@@ -1,4 +1,4 @@
-"""``customdiff::reconstruct``, ``reconstruct_out`` and ``spectrum``: schema, fake, autograd."""
+"""``customdiff::reconstruct`` and ``reconstruct_out``: schema, fake, autograd."""
 
 from __future__ import annotations
 
@@ -141,29 +141,3 @@ register(
     _reconstruct_,
     _check_out,
 )
-
-
-def _check_spectrum(matrices: Tensor) -> None:
-    _checks.floating("matrices", matrices)
-    _checks.rank("matrices", matrices, "G,rows,E")
-
-
-def _spectrum(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    _check_spectrum(matrices)
-    a = matrices.double()
-    gram = a @ a.mT if a.shape[1] < a.shape[2] else a.mT @ a
-    squares, vectors = torch.linalg.eigh(gram)  # ascending
-    values = squares.clamp_(min=0).sqrt_().flip(-1)
-    return values, vectors.flip(-1).contiguous()
-
-
-def _spectrum_fake(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    _check_spectrum(matrices)
-    count, rows, width = matrices.shape
-    k = min(rows, width)
-    return matrices.new_empty((count, k), dtype=torch.float64), matrices.new_empty(
-        (count, k, k), dtype=torch.float64
-    )
-
-
-register("spectrum(Tensor matrices) -> (Tensor, Tensor)", _spectrum, _spectrum_fake)
