@@ -1,4 +1,4 @@
-"""compress and reconstruct against one matrix at a time in float64."""
+"""reconstruct against one matrix at a time in float64."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customdiff_kernels.low_rank import LowRankDelta, compress, ops, reconstruct
-from customdiff_kernels.low_rank.reference import (
-    compress_reference,
-    energy_rank_reference,
-    reconstruct_reference,
-)
+from customdiff_kernels.low_rank import LowRankDelta, ops, reconstruct
+from customdiff_kernels.low_rank.reference import reconstruct_reference
 from customdiff_kernels.stack import KVStack
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -33,16 +29,6 @@ def low(ranks: dict[str, int], dtype=torch.float32, width: int = E) -> LowRankDe
         for name, r in ranks.items()
     }
     return LowRankDelta(stack.segments, factors)
-
-
-def decaying(rows: int, width: int, dtype=torch.float64, decay: float = 0.8) -> torch.Tensor:
-    """A matrix with singular values decay^i, like a trained change's (Custom Diffusion, appendix B)."""
-    k = min(rows, width)
-    u, v = (
-        torch.linalg.qr(torch.randn(rows, k).double())[0],
-        torch.linalg.qr(torch.randn(width, k).double())[0],
-    )
-    return ((u * decay ** torch.arange(k).double()) @ v.T).to(dtype)
 
 
 def factors64(delta: LowRankDelta) -> dict:
@@ -205,7 +191,6 @@ def test_opcheck():
     plain = [[t.detach() for t in ts] for ts in (u, v)]
     out, weight = torch.empty_like(stack.weight), stack.weight.detach()
     torch.library.opcheck(OPS.reconstruct_out, (out, weight, *plain, starts))
-    torch.library.opcheck(OPS.spectrum, (torch.randn(3, 4, 6),))
 
 
 def test_compile_fullgraph():
@@ -222,9 +207,6 @@ def test_compile_fullgraph():
 def test_two_runs_give_the_same_bits():
     stack, delta = base(), low(dict.fromkeys(ROWS, 7))
     assert torch.equal(reconstruct(stack, delta).weight, reconstruct(stack, delta).weight)
-    change = {name: decaying(*w.shape, torch.float32) for name, w in stack.items()}
-    first, second = (compress(change, energy=0.6).factors for _ in range(2))
-    assert all(torch.equal(a, b) for n in first for a, b in zip(first[n], second[n], strict=True))
 
 
 def test_delta_arithmetic():
@@ -239,108 +221,6 @@ def test_delta_arithmetic():
     assert "rank 0 to 3" in repr(first)
 
 
-@pytest.mark.parametrize("energy", [0.01, 0.3, 0.6, 0.99, 1.0])
-def test_energy_takes_the_smallest_rank_that_reaches_the_share(energy):
-    change = {f"{rows}x{width}": decaying(rows, width) for rows, width in [(20, 24), (24, 24)]}
-    change |= {"40x24": decaying(40, 24), "again": decaying(20, 24, decay=0.5)}
-    delta = compress(change, energy=energy)
-    for name, matrix in change.items():
-        values = torch.linalg.svdvals(matrix)
-        assert delta.rank(name) == energy_rank_reference(values, energy) >= 1
-        u, v = compress_reference(matrix, delta.rank(name))
-        torch.testing.assert_close(delta.dense()[name], u @ v, rtol=1e-9, atol=1e-9)
-
-
-def test_energy_reached_exactly_is_reached():
-    """Three equal singular values: a third of the sum is one of them, a hair more is two."""
-    matrix = torch.zeros(4, 6, dtype=torch.float64)
-    matrix[0, 0] = matrix[1, 1] = matrix[2, 2] = 5.0
-    assert compress({"x": matrix}, energy=1 / 3).rank("x") == 1
-    assert compress({"x": matrix}, energy=1 / 3 + 1e-6).rank("x") == 2
-    assert compress({"x": matrix}, energy=1.0).rank("x") == 3
-
-
-def test_zero_has_rank_zero_and_anything_else_has_not():
-    change = {"zero": torch.zeros(8, 6), "tiny": torch.full((8, 6), 1e-20)}
-    for rule in ({"energy": 1e-9}, {"rank": 4}, {"max_bytes": 10_000}):
-        delta = compress(change, **rule)
-        assert delta.rank("zero") == 0 and delta.rank("tiny") == 1
-        assert delta.dense()["zero"].abs().sum() == 0
-
-
-def test_exact_rank_is_found_behind_rounding():
-    matrix = torch.randn(30, 4).double() @ torch.randn(4, 20).double()
-    for rule in ({"energy": 1.0}, {"rank": 20}, {"max_bytes": 10**6}):
-        delta = compress({"x": matrix}, **rule)
-        assert delta.rank("x") == 4
-        torch.testing.assert_close(delta.dense()["x"], matrix)
-
-
-@pytest.mark.parametrize("shape", [(20, 32), (32, 20), (24, 24)])
-def test_kept_singular_values_are_accurate(shape):
-    """To 1e-5 of each, down to 1e-11 of the largest: where the Gram matrix has lost them, LAPACK's SVD steps
-    in.
-    """
-    matrix = decaying(*shape, decay=0.3)
-    exact = torch.linalg.svdvals(matrix)
-    for rank in (3, 10, 20):
-        u, v = compress({"x": matrix}, rank=rank).factors["x"]
-        torch.testing.assert_close(u.norm(dim=0), exact[:rank], rtol=1e-5, atol=0)
-        torch.testing.assert_close(v @ v.T, torch.eye(rank).double(), rtol=0, atol=1e-5)
-
-
-@given(
-    shapes=st.lists(st.tuples(st.integers(1, 20), st.just(15)), min_size=1, max_size=5),
-    share=st.floats(0.05, 1.2),
-    seed=st.integers(0, 2**16),
-)
-def test_budget_is_kept_and_well_spent(shapes, share, seed):
-    """Within the budget, and no exchange of one singular value for a cheaper or equal unused one gains."""
-    generator = torch.Generator().manual_seed(seed)
-    change = {f"s{i}": torch.randn(*s, generator=generator).double() for i, s in enumerate(shapes)}
-    budget = int(share * sum(8 * (r + e) * min(r, e) for r, e in shapes))
-    smallest = min(8 * (r + e) for r, e in shapes)
-    if budget < smallest:
-        with pytest.raises(ValueError, match="max_bytes must hold a singular value"):
-            compress(change, max_bytes=budget)
-        return
-    delta = compress(change, max_bytes=budget)
-    assert delta.nbytes <= budget
-    values = {n: torch.linalg.svdvals(m) for n, m in change.items()}
-    cost = {n: 8 * sum(m.shape) for n, m in change.items()}
-    left = budget - delta.nbytes
-    for name in change:
-        rank = delta.rank(name)
-        assert rank == len(values[name]) or cost[name] > left  # nothing that still fits is left out
-        for other in change:
-            kept = delta.rank(other)
-            if rank < len(values[name]) and kept and cost[name] <= cost[other]:
-                assert values[name][rank] <= values[other][kept - 1] * (1 + 1e-9)
-
-
-def test_budget_spends_on_the_largest_of_all_segments():
-    change = {"strong": decaying(16, E) * 100, "weak": decaying(16, E)}
-    delta = compress(change, max_bytes=8 * (16 + E) * 6)
-    assert (delta.rank("strong"), delta.rank("weak")) == (6, 0)
-
-
-def test_factors_in_the_dtype_asked_for():
-    change = base() - base()
-    delta = compress(change, max_bytes=4000, dtype=torch.float16)
-    assert delta.dtype is torch.float16 and 0 < delta.nbytes <= 4000
-    assert delta.segments == change.segments
-    again = compress(delta.to(torch.float32), rank=1)
-    assert max(again.rank(name) for name in ROWS) == 1
-
-
-def test_compress_is_one_eigenproblem_a_shape(monkeypatch):
-    calls = []
-    real = torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda a: calls.append(tuple(a.shape)) or real(a))
-    compress(base() - base(), rank=1)
-    assert sorted(calls) == [(1, 1, 1), (1, 16, 16), (2, 24, 24), (3, 24, 24)]
-
-
 DELTA = {"a": torch.ones(32, E)}
 
 
@@ -351,27 +231,6 @@ DELTA = {"a": torch.ones(32, E)}
         (lambda: reconstruct(DELTA, torch.ones(2, 3)), TypeError, "deltas must be one or many .* got Tensor"),
         (lambda: reconstruct(DELTA, [5]), TypeError, r"deltas\[0\] must be a LowRankDelta or .* got int"),
         (lambda: LowRankDelta([("a", 0, 1)], [1]), TypeError, "factors must map segment names .* got list"),
-        (lambda: compress(DELTA, energy="0.5"), TypeError, "energy must be a number, got str"),
-        (lambda: compress(DELTA), ValueError, "exactly one of energy, rank and max_bytes"),
-        (lambda: compress(DELTA, rank=1, energy=0.5), ValueError, "exactly one of"),
-        (lambda: compress(DELTA, energy=0.0), ValueError, r"energy must be in \(0, 1\], got 0.0"),
-        (lambda: compress(DELTA, energy=60), ValueError, r"energy must be in \(0, 1\], got 60"),
-        (lambda: compress(DELTA, rank=0), ValueError, "rank must be an integer of at least 1, got 0"),
-        (lambda: compress(DELTA, rank=2.5), ValueError, "rank must be an integer of at least 1, got 2.5"),
-        (lambda: compress(DELTA, max_bytes=-1), ValueError, "max_bytes must be a positive integer, got -1"),
-        (lambda: compress(DELTA, max_bytes=10), ValueError, r"hold a singular value .*\(224\), got 10"),
-        (lambda: compress(DELTA, rank=1, dtype=torch.int8), TypeError, "dtype must be floating"),
-        (
-            lambda: compress({"a": torch.full((2, 2), float("nan"))}, rank=1),
-            ValueError,
-            r"delta\['a'\] is not finite",
-        ),
-        (lambda: compress(torch.ones(2, 2), rank=1), TypeError, "delta must be a KVStack or a mapping"),
-        (
-            lambda: compress({"a": torch.ones(2)}, rank=1),
-            ValueError,
-            r"delta\['a'\] must have shape \(rows,E\)",
-        ),
         (
             lambda: reconstruct(base(), {"z": torch.ones(2, E)}),
             ValueError,
