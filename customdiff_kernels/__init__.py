@@ -27,7 +27,14 @@ from .files import (
 )
 from .kv_projection import kv_cross_attention, kv_project
 from .layout import LayoutBias
-from .low_rank import CompressedSegment, CompressionReport, LowRankDelta, compress, reconstruct
+from .low_rank import (
+    CompressedSegment,
+    CompressionReport,
+    LowRankDelta,
+    compress,
+    reconstruct,
+    singular_values,
+)
 from .merge import ConflictingConstraintsError, MergeReport, MergeSolver, SingularRegularizationError
 from .stack import KVStack, Segment
 
@@ -62,6 +69,7 @@ __all__ = [
     "reconstruct",
     "save_delta",
     "score_std",
+    "singular_values",
     "unpatch_unet",
 ]
 

@@ -246,9 +246,52 @@ def test_compress_and_inspect(root, run, tmp_path):
     ]
     pairs = zip(found["segments"], full["segments"], strict=True)
     assert all(low["norm"] <= 1.001 * whole["norm"] for low, whole in pairs)
+    assert sum(segment["energy"] for segment in full["segments"]) == pytest.approx(1)
     status, out, err = run(f"inspect {small}")
     assert status == 0, err
     assert "modifier token <new1>" in out and "to_k.weight" in out and "base_hash" in out
+
+
+def test_compress_reports_what_it_kept(root, run, tmp_path):
+    small = tmp_path / "small.safetensors"
+    line = f"compress {{root}}/a.safetensors --energy 0.6 --dtype float16 --output {small} --overwrite"
+    status, out, err = run(f"{line} --json --quiet")
+    assert status == 0 and not err, err
+    report, source = json.loads(out), Concept.load(root / "a.safetensors").delta
+    stored = Concept.load(small).delta
+    assert stored.dtype is torch.float16 and report["bytes"] == stored.nbytes
+    assert report["file_bytes"] == small.stat().st_size
+    for found, (name, change) in zip(report["segments"], source.items(), strict=True):
+        assert (found["name"], found["rank"]) == (name, stored.rank(name))
+        values = torch.linalg.svdvals(change.double())
+        assert found["energy"] == pytest.approx(float(values[: found["rank"]].sum() / values.sum()), abs=1e-5)
+        u, v = (factor.double() for factor in stored.factors[name])
+        wanted = (change.double() - u @ v).norm() / change.double().norm()
+        assert found["error"] == pytest.approx(float(wanted), rel=1e-3)
+    status, out, err = run(line)
+    assert status == 0 and out.count("\n") == len(source) + 3 and "energy" in out.splitlines()[0]
+
+
+def test_inspect_plots_the_singular_values(root, run, tmp_path):
+    pytest.importorskip("matplotlib")
+    small = tmp_path / "small.safetensors"
+    assert run(f"compress {{root}}/a.safetensors --rank 1 --output {small}")[0] == 0
+    for concept in ("{root}/a.safetensors", str(small)):
+        status, _, err = run(f"inspect {concept} --plot {tmp_path}/plots/a.png --quiet")
+        assert status == 0, err
+        with Image.open(tmp_path / "plots" / "a.png") as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    status, _, err = run(f"inspect {{root}}/a.safetensors --plot {tmp_path}/other/a.txt")
+    assert status == 2 and "must end in one of ." in err and not (tmp_path / "other").exists()
+
+
+def test_inspect_says_how_to_get_matplotlib(root, tmp_path):
+    code = f"""
+sys.stderr = sys.stdout
+assert main("inspect {root}/a.safetensors --plot {tmp_path}/a.png".split()) == 2
+"""
+    out = fresh(code, "matplotlib")
+    assert 'inspect needs matplotlib: pip install "customdiff_kernels[plot]"' in out
 
 
 @pytest.mark.parametrize(

@@ -2,5 +2,13 @@
 
 from .api import LowRankDelta, reconstruct
 from .compress import CompressedSegment, CompressionReport, compress
+from .spectrum import singular_values
 
-__all__ = ["CompressedSegment", "CompressionReport", "LowRankDelta", "compress", "reconstruct"]
+__all__ = [
+    "CompressedSegment",
+    "CompressionReport",
+    "LowRankDelta",
+    "compress",
+    "reconstruct",
+    "singular_values",
+]

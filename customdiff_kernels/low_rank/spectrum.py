@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _backends, _checks
 from .._library import register
+from ..stack import as_stack
 from .delta import LowRankDelta
 
 # float32 is trusted with singular values down to this share of the largest, the float64 Gram matrix down to
@@ -52,9 +53,7 @@ def dense_spectra(matrices: Mapping[str, Tensor]) -> Iterator[dict[str, Spectrum
 
     Raises ValueError naming the segment that is not finite, before the first.
     """
-    largest = dict(zip(matrices, _largest(list(matrices.values())), strict=True))
-    if bad := [name for name, size in largest.items() if not math.isfinite(size)]:
-        raise ValueError(f"delta[{bad[0]!r}] is not finite")
+    largest = _finite(matrices)
     shapes: dict[tuple[int, ...], list[str]] = {}
     for name, matrix in matrices.items():
         shapes.setdefault(tuple(matrix.shape), []).append(name)
@@ -80,11 +79,45 @@ def low_rank_spectra(delta: LowRankDelta) -> Iterator[dict[str, Spectrum]]:
         yield {name: Spectrum(_significant(values.cpu(), max(u.shape[0], v.shape[1])), factors)}
 
 
-def _largest(matrices: Sequence[Tensor]) -> list[float]:
-    """The largest magnitude in each; nan or inf where one entry is."""
-    zero = matrices[0].new_zeros(())
-    ends = [torch.stack(torch.aminmax(m)).abs().amax() if m.numel() else zero for m in matrices]
-    return torch.stack(ends).tolist()
+def singular_values(
+    delta: Mapping[str, Tensor] | LowRankDelta, *, progress: Callable[[int], object] | None = None
+) -> dict[str, Tensor]:
+    """Every segment's singular values {name: (k,)}, float64 on the CPU, descending.
+
+    delta: {name: (rows,E)}, a ``KVStack`` difference (k = min(rows,E)), or a ``LowRankDelta`` (k = its rank).
+    progress: called with the number of segments just done.
+
+    In float64, from the Gram matrix where a segment is dense: right to about 1e-8 of the segment's largest.
+    Raises ValueError naming the segment that is not finite.
+    """
+    found: dict[str, Tensor] = {}
+    if isinstance(delta, LowRankDelta):
+        for batch in low_rank_spectra(delta):
+            found |= {name: spectrum.values for name, spectrum in batch.items()}
+            if progress is not None:
+                progress(len(batch))
+        return found
+    stack = as_stack("delta", delta)
+    matrices = {name: stack[name].detach() for name in stack}
+    for name, largest in _finite(matrices).items():
+        matrix, scale = _scaled(matrices[name], largest)
+        a = _tall(matrix.double())
+        squares = torch.linalg.eigvalsh(a.mT @ a).flip(0).cpu()
+        found[name] = squares.clamp_(min=0).sqrt_() / scale
+        if progress is not None:
+            progress(1)
+    return found
+
+
+def _finite(matrices: Mapping[str, Tensor]) -> dict[str, float]:
+    """The largest magnitude in each; ValueError naming the first that holds nan or inf."""
+    zero = next(iter(matrices.values())).new_zeros(())
+    ends = [torch.stack(torch.aminmax(m)).abs().amax() if m.numel() else zero for m in matrices.values()]
+    largest = dict(zip(matrices, torch.stack(ends).tolist(), strict=True))
+    for name, size in largest.items():
+        if not math.isfinite(size):
+            raise ValueError(f"delta[{name!r}] is not finite")
+    return largest
 
 
 def _spectra(matrices: Sequence[Tensor], largest: Sequence[float]) -> list[Spectrum]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -47,8 +49,23 @@ examples:
 COMPRESS_EXAMPLES = """examples:
   customdiff compress dog.safetensors --energy 0.6 --output small.safetensors     the paper's "top 60%"
   customdiff compress dog.safetensors --max-bytes 100000 --output small.safetensors
+  customdiff compress dog.safetensors --rank 16 --dtype float16 --output small.safetensors
 """
-OPTIONAL = ("PIL", "accelerate", "diffusers", "numpy", "tqdm", "transformers")  # not in a plain install
+INSPECT_EXAMPLES = """A segment's energy is its share of the sum of all singular values.
+
+examples:
+  customdiff inspect dog.safetensors
+  customdiff inspect dog.safetensors --plot singular_values.png
+"""
+OPTIONAL = (
+    "PIL",
+    "accelerate",
+    "diffusers",
+    "matplotlib",
+    "numpy",
+    "tqdm",
+    "transformers",
+)  # not in a plain install
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,9 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             package = (error.name or "").partition(".")[0]
             if package not in OPTIONAL:
                 raise
+            extra = "plot" if package == "matplotlib" else "diffusers"
             print(
                 f"customdiff {options.command}: error: {options.command} needs {package}: "
-                'pip install "customdiff_kernels[diffusers]"',
+                f'pip install "customdiff_kernels[{extra}]"',
                 file=sys.stderr,
             )
             return 2
@@ -156,11 +174,18 @@ def parser() -> argparse.ArgumentParser:
     rule.add_argument("--energy", type=float, help="share of the sum of singular values to keep, 0 to 1")
     rule.add_argument("--rank", type=int, help="singular values a matrix to keep")
     rule.add_argument("--max-bytes", type=int, help="bytes that all factors together may take")
+    compress.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the factors (default: the file's own)"
+    )
     compress.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    compress.add_argument("--json", action="store_true", help="print JSON")
+    compress.add_argument("--quiet", action="store_true", help="show no progress bar")
 
-    inspect = command("inspect", _inspect, "Show what a concept file holds.", "")
+    inspect = command("inspect", _inspect, "Show what a concept file holds.", INSPECT_EXAMPLES)
     inspect.add_argument("concept", metavar="FILE", help="the concept file")
+    inspect.add_argument("--plot", metavar="FILE.png", help="also plot the singular values")
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--quiet", action="store_true", help="show no progress bar")
     return top
 
 
@@ -267,27 +292,64 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _compress(options: argparse.Namespace) -> None:
+    import torch
+
     import customdiff_kernels as ck
 
     from .concept import Concept
+    from .inspection import compression_table
 
     output = _free(options)
     concept = Concept.load(_file(options.concept))
-    delta = ck.compress(concept.delta, energy=options.energy, rank=options.rank, max_bytes=options.max_bytes)
+    with _bar("compressing", concept.delta, options.quiet) as bar:
+        delta, report = ck.compress(
+            concept.delta,
+            energy=options.energy,
+            rank=options.rank,
+            max_bytes=options.max_bytes,
+            dtype=options.dtype and getattr(torch, options.dtype),
+            report=True,
+            progress=bar.update,
+        )
     before = Path(options.concept).stat().st_size  # which --output may replace
     output.parent.mkdir(parents=True, exist_ok=True)
     Concept(delta, concept.modifier_tokens, concept.metadata).save(output)
     after = output.stat().st_size
+    if options.json:
+        print(json.dumps({**dataclasses.asdict(report), "file_bytes": after}, indent=2))
+        return
+    print(compression_table(report))
     print(f"{output}: {after:,} bytes, {after / before:.1%} of {before:,}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    import customdiff_kernels as ck
+
     from .concept import Concept
-    from .inspection import describe, table
+    from .inspection import describe, plotter, table
 
     path = _file(options.concept)
-    found = describe(Concept.load(path), path.stat().st_size)
+    if options.plot is not None:
+        _check_writable(Path(options.plot))
+    plot = plotter(Path(options.plot)) if options.plot is not None else None
+    concept = Concept.load(path)
+    with _bar("inspecting", concept.delta, options.quiet) as bar:
+        values = ck.singular_values(concept.delta, progress=bar.update) if concept.delta else {}
+    found = describe(concept, path.stat().st_size, values)
     print(json.dumps(found, indent=2) if options.json else table(found))
+    if plot is not None:
+        Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
+        plot(values)
+
+
+def _bar(title: str, delta: Any, quiet: bool) -> Any:
+    """A bar over the segments of a delta; none where tqdm is not installed."""
+    try:
+        from tqdm.auto import tqdm
+    except ModuleNotFoundError:
+        return contextlib.nullcontext(argparse.Namespace(update=None))
+    total = len(getattr(delta, "factors", delta))
+    return tqdm(desc=title, total=total, unit="segment", disable=quiet, leave=False, delay=0.5)
 
 
 class _Pair(argparse.Action):

@@ -1,30 +1,39 @@
-"""What a concept file holds, as numbers and as a table."""
+"""What a concept file holds and what compression kept, as numbers, tables and a plot."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 import customdiff_kernels as ck
 
 from .concept import Concept
 
 
-def describe(concept: Concept, file_bytes: int) -> dict[str, Any]:
-    """Segments (shape, rank, Frobenius norm, bytes), modifier tokens (width, norm), metadata; for JSON."""
+def describe(concept: Concept, file_bytes: int, values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Segments (shape, rank, Frobenius norm, energy, bytes), modifier tokens (width, norm), metadata; for
+    JSON.
+
+    ``values``: the singular values, ``ck.singular_values(concept.delta)``. A segment's energy is its share of
+    the sum of all segments'.
+    """
     delta, segments = concept.delta, []
     factors = delta.factors if isinstance(delta, ck.LowRankDelta) else None
-    dense = delta if factors is None else delta.dense()
-    for name, change in dense.items():
-        stored = (change,) if factors is None else factors[name]
+    total = float(sum(found.sum() for found in values.values()))
+    for name, found in values.items():
+        stored = (delta[name],) if factors is None else factors[name]
+        shape = (stored[0].shape[0], stored[-1].shape[1])
         segments.append(
             {
                 "name": name,
-                "shape": list(change.shape),
-                "rank": min(change.shape) if factors is None else stored[0].shape[1],
-                "norm": float(torch.linalg.matrix_norm(change.float())),
-                "dtype": str(change.dtype).removeprefix("torch."),
+                "shape": list(shape),
+                "rank": min(shape) if factors is None else stored[0].shape[1],
+                "norm": float(found.norm()),
+                "energy": float(found.sum()) / total if total else 0.0,
+                "dtype": str(stored[0].dtype).removeprefix("torch."),
                 "bytes": sum(tensor.nbytes for tensor in stored),
             }
         )
@@ -43,19 +52,65 @@ def describe(concept: Concept, file_bytes: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """`describe`'s answer as text."""
-    rows = [("segment", "shape", "rank", "norm", "bytes")]
+    rows = [("segment", "shape", "rank", "norm", "energy", "bytes")]
     for item in found["segments"]:
-        shape = "×".join(map(str, item["shape"]))
-        rows.append((item["name"], shape, str(item["rank"]), f"{item['norm']:.4f}", f"{item['bytes']:,}"))
+        shape, energy = "×".join(map(str, item["shape"])), f"{item['energy']:.1%}"
+        rows.append(
+            (item["name"], shape, str(item["rank"]), f"{item['norm']:.3g}", energy, f"{item['bytes']:,}")
+        )
     total = sum(item["bytes"] for item in found["segments"])
-    rows.append((f"{len(found['segments'])} segments, {found['delta']}", "", "", "", f"{total:,}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
-    lines.append("")
+    rows.append((f"{len(found['segments'])} segments, {found['delta']}", "", "", "", "", f"{total:,}"))
+    lines = [*aligned(rows), ""]
     for token in found["modifier_tokens"]:
         lines.append(f"modifier token {token['word']}  width {token['width']}, norm {token['norm']:.4f}")
     lines += [f"{key}: {value}" for key, value in found["metadata"].items()]
     return "\n".join([*lines, f"file: {found['file_bytes']:,} bytes"])
+
+
+def compression_table(report: ck.CompressionReport) -> str:
+    """Rank, share of the singular values' sum, relative Frobenius error and bytes of each segment and all."""
+    rows = [("segment", "rank", "of", "energy", "error", "bytes")]
+    for item in report.segments:
+        ranks, shares = (str(item.rank), str(item.full_rank)), (f"{item.energy:.1%}", f"{item.error:.1%}")
+        rows.append((item.name, *ranks, *shares, f"{item.bytes:,}"))
+    shares = (f"{report.energy:.1%}", f"{report.error:.1%}")
+    rows.append((f"{len(report.segments)} segments", "", "", *shares, f"{report.bytes:,}"))
+    return "\n".join(aligned(rows))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of equally wide columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return lines
+
+
+def plotter(path: Path) -> Callable[[Mapping[str, Tensor]], None]:
+    """A function that plots singular values into ``path``. Made before they are computed, it finds out at
+    once whether matplotlib is there and can write such a file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in (known := figure.canvas.get_supported_filetypes()):
+        raise ValueError(f"plot {str(path)!r} must end in one of .{', .'.join(sorted(known))}")
+
+    def plot(values: Mapping[str, Tensor]) -> None:
+        axes = figure.subplots()
+        for part, colour in (("to_k", "tab:blue"), ("to_v", "tab:orange")):
+            label: str | None = part
+            for name, found in values.items():
+                kept = found[found > 0]
+                if f".{part}." in f".{name}." and len(kept):
+                    axes.semilogy(range(1, len(kept) + 1), kept, color=colour, alpha=0.5, label=label)
+                    label = None  # once in the legend
+        axes.set_xlabel("index")
+        axes.set_ylabel("singular value of the change")
+        axes.legend()
+        figure.savefig(path, dpi=150)
+
+    return plot
