@@ -6,7 +6,7 @@ which it could not know, and two power iterations: fast, and the only one whose 
 
 The spectrum is σ_i = (1 + 50 i/k)^-1.2, i from 0 to k: with it a concept of SD 1.x, 76.7 MB in full, takes
 15.4, 6.0 and 0.9 MB at 60, 40 and 10% of the sum, where Custom Diffusion (figure 18) has 75, 15, 5 and 1 MB.
-SDXL is 20 of its 140 matrices, in the proportion of their shapes.
+SDXL is 7 of its 140 matrices, in the proportion of their shapes.
 
     pytest benchmarks/bench_compress.py --benchmark
 """
@@ -18,7 +18,7 @@ import customdiff_kernels as ck
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SD = [320] * 4 + [640] * 4 + [1280] * 10 + [640] * 6 + [320] * 6 + [1280] * 2  # rows of SD 1.x and 2.1
-MODELS = {"sd1": (SD, 768), "sd2": (SD, 1024), "sdxl, 20 of 140": ([640] * 3 + [1280] * 17, 2048)}
+MODELS = {"sd1": (SD, 768), "sd2": (SD, 1024), "sdxl, 7 of 140": ([640] + [1280] * 6, 2048)}
 
 
 def change(rows, width):

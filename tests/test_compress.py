@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from customdiff_kernels import _native
-from customdiff_kernels.low_rank import LowRankDelta, compress
+from customdiff_kernels.low_rank import LowRankDelta, compress, singular_values
 from customdiff_kernels.low_rank.ranks import energy_is_certain
 from customdiff_kernels.low_rank.reference import compress_reference, energy_rank_reference
 from customdiff_kernels.stack import KVStack
@@ -198,7 +198,12 @@ def test_energy_reached_exactly_is_reached():
 
 
 def test_zero_has_rank_zero_and_anything_else_has_not():
-    change = {"zero": torch.zeros(8, 6), "tiny": torch.full((8, 6), 1e-20)}
+    for rows, width in ((8, 6), (160, 192)):
+        change = {"zero": torch.zeros(rows, width), "tiny": torch.full((rows, width), 1e-20)}
+        check_zero_and_tiny(change)
+
+
+def check_zero_and_tiny(change):
     for rule in ({"energy": 1e-9}, {"rank": 4}, {"max_bytes": 10_000}):
         delta = compress(change, **rule)
         assert delta.rank("zero") == 0 and delta.rank("tiny") == 1
@@ -374,11 +379,25 @@ def test_report(dtype):
     assert report.error == pytest.approx((wrong / total) ** 0.5, rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(30, E), (10, E), (160, 192), (5, 5)])
+def test_singular_values(shape):
+    matrix = decaying(*shape)
+    for scale in (1.0, 1e-12):
+        found = singular_values({"x": matrix * scale})["x"]
+        wanted = torch.linalg.svdvals(matrix * scale)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=3e-8 * scale)
+    delta = compress({"x": matrix}, rank=4)
+    torch.testing.assert_close(singular_values(delta)["x"], torch.linalg.svdvals(matrix)[:4])
+    with pytest.raises(ValueError, match=r"delta\['x'\] is not finite"):
+        singular_values({"x": matrix / 0})
+
+
 def test_progress_counts_every_segment():
     for change in (base() - base(), compress(base(), rank=1)):
         counts: list[int] = []
         compress(change, rank=1, progress=counts.append)
-        assert sum(counts) == len(ROWS) and min(counts) > 0
+        singular_values(change, progress=counts.append)
+        assert sum(counts) == 2 * len(ROWS) and min(counts) > 0
 
 
 def test_two_runs_give_the_same_bits_and_leave_the_random_state():

@@ -163,9 +163,9 @@ def _float_spectra(scaled: Sequence[tuple[Tensor, float]]) -> list[Spectrum]:
         def factors(rank: int, matrix=matrix, scale=scale, eigen=eigen, values=values, exact=exact):
             q = eigen.vectors(rank)
             u, v, kept = _project(matrix, q)
-            skewed = (q.mT @ q - torch.eye(rank)).abs().max()
-            wrong = ((kept - values[:rank]).abs() / values[:rank]).max()
-            if skewed <= 1e-5 and wrong <= 5e-6:
+            orthonormal = (q.mT @ q - torch.eye(rank)).abs() <= 1e-5
+            agree = (kept - values[:rank]).abs() <= 5e-6 * values[:rank]
+            if orthonormal.all() and agree.all():
                 return u / scale, v
             return exact().factors(rank)
 
