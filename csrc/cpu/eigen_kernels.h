@@ -57,13 +57,18 @@ inline void tridiagonalize(const EigenTask& t) {
   const int64_t lda = padded + kLanes<float>;  // a row stride that is no multiple of a page
   float* a = static_cast<float*>(thread_scratch(Scratch::kTask, (padded * lda + 4 * padded) * sizeof(float)));
   float *v = a + padded * lda, *w = v + padded, *x = w + padded, *y = x + padded;
+  double largest = 0;
   for (int64_t i = 0; i < padded; ++i) {
     float* row = a + i * lda;
     for (int64_t j = 0; j < padded; ++j) {
       row[j] = i >= n || j >= n ? 0 : j <= i ? t.matrix[i * n + j] : t.matrix[j * n + i];
+      const double size = __builtin_fabsf(row[j]);
+      largest = size > largest ? size : largest;
     }
     v[i] = w[i] = 0;
   }
+  // Far below the rounding of A: what is left of a matrix of low rank underflows if it is reduced further.
+  const double negligible = 0x1p-120 * largest * largest;
   for (int64_t k = n - 1; k > 0; --k) {
     float* row = a + k * lda;
     for (int64_t c = 0; c <= k; ++c) row[c] -= v[k] * w[c] + w[k] * v[c];
@@ -71,9 +76,10 @@ inline void tridiagonalize(const EigenTask& t) {
     double squares = 0;
     for (int64_t c = 0; c < k - 1; ++c) squares += static_cast<double>(row[c]) * row[c];
     const double first = row[k - 1], norm = __builtin_sqrt(first * first + squares);
-    const double beta = squares == 0 ? first : first > 0 ? -norm : norm;
-    const double tau = squares == 0 ? 0 : (beta - first) / beta;
-    const float scale = squares == 0 ? 0 : static_cast<float>(1 / (first - beta));
+    const bool done = squares <= negligible;
+    const double beta = done ? first : first > 0 ? -norm : norm;
+    const double tau = done ? 0 : (beta - first) / beta;
+    const float scale = done ? 0 : static_cast<float>(1 / (first - beta));
     for (int64_t c = 0; c < k - 1; ++c) x[c] = scale * row[c];
     x[k - 1] = 1;
     for (int64_t c = k; c < padded; ++c) x[c] = 0;
