@@ -18,16 +18,20 @@ def energy_rank(values: Tensor, energy: float) -> int:
 
 
 def energy_is_certain(values: Tensor, energy: float, error: float) -> bool:
-    """Whether that rank is the same wherever the true values lie: their squares within ``error`` times the
-    largest square.
-    """
+    """Whether that rank is the same wherever the true values lie: ``Spectrum.error``."""
     if not len(values) or not error:
         return True
-    squares, slack = values.square(), error * values[0].square()
+    least, most = share_bounds(values, error)
+    return int((least < energy).sum()) == int((most < energy).sum())
+
+
+def share_bounds(values: Tensor, error: float) -> tuple[Tensor, Tensor]:
+    """The least and the most that each rank's share of the sum can be."""
+    squares = values.square()
+    slack = error * (squares[0] + 8 * squares)
     low, high = (squares - slack).clamp_(min=0).sqrt_(), (squares + slack).sqrt_()
-    least = _shares(high, low) < energy  # the first values as large and the rest as small as they can be
-    most = _shares(low, high) < energy
-    return int(least.sum()) == int(most.sum())
+    low = torch.where(squares > 100 * error * squares[0], low, 0.0)
+    return _shares(low, high), _shares(high, low)
 
 
 def _shares(first: Tensor, rest: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Spectrum:
     values: (k,) float64 on the CPU, descending.
     factors: rank -> u (rows,r) with the singular values folded in, v (r,E) with orthonormal rows.
     limit: share of the largest below which a value is not right to 1e-5 of itself.
-    error: how wrong the square of any value may be, as a share of the largest square.
+    error: of the squares, as a share of the largest: ``ranks.share_bounds``.
     exact: the next better decomposition; None where there is none.
     """
 
@@ -156,9 +156,14 @@ def _float_spectra(scaled: Sequence[tuple[Tensor, float]]) -> list[Spectrum]:
             stop = min(start + GRAM_BLOCK, short)
             torch.mm(a[:, start:stop].mT, a[:, :stop], out=gram[start:stop, :stop])
     found = []
-    for (matrix, scale), eigen in zip(scaled, symmetric_eigen(grams), strict=True):
-        values = eigen.values.double().clamp_(min=0).sqrt_()
+    traces = grams.diagonal(dim1=1, dim2=2).double().sum(1).tolist()
+    for (matrix, scale), trace, eigen in zip(scaled, traces, symmetric_eigen(grams), strict=True):
+        squares = eigen.values.double()
         exact = partial(_one_gram, matrix, scale)
+        if not abs(float(squares.sum()) - trace) <= 1e-4 * trace:  # over- or underflow; the sum is the trace
+            found.append(exact())
+            continue
+        values = squares.clamp_(min=0).sqrt_()
 
         def factors(rank: int, matrix=matrix, scale=scale, eigen=eigen, values=values, exact=exact):
             q = eigen.vectors(rank)
