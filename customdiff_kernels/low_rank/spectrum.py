@@ -23,7 +23,7 @@ from .delta import LowRankDelta
 # the other: there both are right to 1e-5 of each, with room (MATH.md).
 FLOAT_LIMIT, GRAM_LIMIT = 0.05, 1e-5
 FLOAT_FROM = 128  # rows and columns; a smaller matrix takes no time in float64
-GRAM_BLOCK = 256  # columns of a Gram matrix computed at a time, up to the diagonal: about a third is saved
+GRAM_BLOCK = 128  # columns of a Gram matrix computed at a time, up to the diagonal: a third and more is saved
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@
 
 #include "common/thread_pool.h"
 #include "cpu/attention.h"
+#include "cpu/eigen.h"
 
 namespace {
 
@@ -208,6 +209,35 @@ void check_attention(int64_t B, int64_t H, int64_t N, int64_t D, int64_t S, DTyp
   expect_close(moments.sum_of_squares, squares, 1e-9, "sum of squared scores");
 }
 
+// Every eigenvalue and half of the eigenvectors of three matrices: A Q = Q diag(λ) for T's own vectors.
+void check_eigen(int64_t n, int threads) {
+  Block matrices(DType::kFloat32, {3, 1, n, n}), reflectors(DType::kFloat32, {3, 1, n - 1, n - 1}),
+      numbers(DType::kFloat32, {3, 1, 4, n});
+  matrices.fill(normal);
+  ck::symmetric_eigenvalues(matrices.tensor, reflectors.tensor, numbers.tensor, threads);
+  for (int64_t g = 0; g < 3; ++g) {
+    double trace = 0, sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      trace += matrices.get(g, 0, i, i);
+      sum += numbers.get(g, 0, 3, i);
+    }
+    expect_close(sum, trace, 1e-4 * n, "sum of eigenvalues");
+    Tensor one = numbers.tensor;
+    one.size[0] = 1;
+    one.data = numbers.tensor.at(g);
+    Block vectors(DType::kFloat32, {1, 1, (n + 1) / 2, n});
+    ck::tridiagonal_vectors(one, vectors.tensor, threads);
+    for (int64_t r = 0; r < vectors.tensor.size[2]; ++r) {
+      for (int64_t i = 0; i < n; ++i) {
+        double product = numbers.get(g, 0, 0, i) * vectors.get(0, 0, r, i);
+        if (i > 0) product += numbers.get(g, 0, 1, i - 1) * vectors.get(0, 0, r, i - 1);
+        if (i < n - 1) product += numbers.get(g, 0, 1, i) * vectors.get(0, 0, r, i + 1);
+        expect_close(product, numbers.get(g, 0, 3, r) * vectors.get(0, 0, r, i), 1e-4, "T v against λ v");
+      }
+    }
+  }
+}
+
 void check_pool() {
   std::vector<int> visits(1000, 0);
   ck::parallel_for(4, 1000, [&](int64_t i) { ++visits[i]; });
@@ -230,6 +260,7 @@ int main() {
   int cases = 0;
   for (const ck::Kernels* const* isa = ck::usable_kernels(); *isa != nullptr; ++isa) {
     setenv("CK_CPU_ISA", (*isa)->name, 1);
+    for (int64_t n : {2, 3, 16, 17, 70}) check_eigen(n, 1 + cases++ % 3);
     const int64_t shapes[][5] = {{1, 1, 1, 1, 1},  {2, 1, 3, 5, 2},   {1, 2, 41, 40, 77}, {2, 3, 7, 13, 17},
                                  {1, 1, 83, 8, 3}, {1, 2, 5, 161, 9}, {1, 1, 2, 33, 130}, {1, 1, 250, 3, 5},
                                  {1, 2, 0, 8, 4},  {0, 2, 3, 8, 4}};
