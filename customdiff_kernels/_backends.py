@@ -37,8 +37,9 @@ class Choice(NamedTuple):
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for tensors of this device and dtype, and why. RuntimeError where none can run."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return _choose(device, dtype, os.environ.get("CK_BACKEND"), interpreted)
+    forced = os.environ.get("CK_BACKEND")
+    interpreted = forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return _choose(device, dtype, forced, interpreted)
 
 
 @cache
