@@ -1,4 +1,4 @@
-"""The one place that decides which backend runs an attention, and says why.
+"""The one place that decides which backend runs an operation, and says why.
 
 | backend | module | runs |
 |---|---|---|
@@ -7,8 +7,9 @@
 | ``triton`` | ``cross_attention/triton.py`` | other CUDA tensors; CPU ones under ``TRITON_INTERPRET=1`` |
 | ``reference`` | ``cross_attention/reference.py`` | anything, when forced |
 
-``CK_BACKEND=reference|cpu|cuda|triton`` forces one. What is forced and cannot run is an error that names the
-remedy.
+The operations on weights (``low_rank/``, ``merge/``) have modules of the same names; devices without one run
+plain PyTorch there. ``CK_BACKEND=reference|cpu|cuda|triton`` forces one. What is forced and cannot run is an
+error that names the remedy.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from . import _checks
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 CONTIGUOUS_ROWS = frozenset({"cuda", "triton"})  # they read the head dimension with stride 1, others any
+OF_WEIGHTS = frozenset({"cpu"})  # backends with kernels of their own for low_rank and merge
 NO_FLOAT64 = "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
 BUILD = "pip install --no-build-isolation -e . in the source folder (or pip install . for a copy)"
 
@@ -115,9 +117,22 @@ def has_triton() -> bool:
 
 
 @cache
-def load(name: str) -> ModuleType:
-    """The module of a backend: ``attention_forward``, ``attention_backward`` and ``score_moments``."""
-    return importlib.import_module(f"{__package__}.cross_attention.{name}")
+def load(name: str, op: str = "cross_attention") -> ModuleType:
+    """The module of a backend: for attention ``attention_forward``, ``attention_backward`` and
+    ``score_moments``.
+    """
+    return importlib.import_module(f"{__package__}.{op}.{name}")
+
+
+def for_weights(op: str, tensor: torch.Tensor) -> ModuleType:
+    """The module of ``low_rank`` or ``merge`` that runs tensors like this: the backend's, or the reference.
+
+    A device without kernels for them runs PyTorch's, unless a backend is forced that it does not have.
+    """
+    forced = os.environ.get("CK_BACKEND")
+    own = tensor.device.type == "cpu" or forced
+    name = choose(tensor.device, tensor.dtype).name if own else "reference"
+    return load(name if name in OF_WEIGHTS else "reference", op)
 
 
 def for_tensors(**tensors: torch.Tensor) -> ModuleType:

@@ -139,7 +139,13 @@ def test_version_is_the_distribution_s():
         (("customdiff_kernels.cross_attention.triton",), {"_backends.py"}),
         (
             ("customdiff_kernels._native",),
-            {"_backends.py", "cross_attention/cpu.py", "cross_attention/cuda.py"},
+            {
+                "_backends.py",
+                "cross_attention/cpu.py",
+                "cross_attention/cuda.py",
+                "low_rank/cpu.py",
+                "merge/cpu.py",
+            },
         ),
         (("diffusers",), {"diffusers.py"}),
         (("safetensors",), {"_safetensors.py"}),

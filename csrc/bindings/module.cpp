@@ -3,6 +3,7 @@
 #include "common/thread_pool.h"
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
+#include "cpu/low_rank.h"
 #ifdef CK_CUDA_ARCHITECTURES
 #include "bindings/cuda.h"
 #endif
@@ -58,4 +59,12 @@ PYBIND11_MODULE(_C, m) {
         return py::make_tuple(moments.sum, moments.sum_of_squares);
       },
       py::arg("query"), py::arg("key"), py::arg("threads"));
+  m.def("low_rank_sum", &ck::low_rank_sum, py::arg("sum"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("merge_residual", &ck::merge_residual, py::arg("merge"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("merge_apply", &ck::merge_apply, py::arg("merge"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("gram", &ck::gram, py::arg("features"), py::arg("out"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
 }
