@@ -341,15 +341,77 @@ def test_ridge_is_a_share_of_the_mean_diagonal():
     torch.testing.assert_close(factor @ factor.T, g + 0.5 * g.diagonal().mean() * torch.eye(E).double())
 
 
-@given(rows=st.integers(1, 70), width=st.integers(1, 50), seed=st.integers(0, 2**16))
-def test_gram_in_blocks(rows, width, seed):
-    features = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gram, "BLOCK_ROWS", 16)
-        patch.setattr(gram, "BLOCK_COLUMNS", 12)
-        found = gram.gram(features)
-    torch.testing.assert_close(found, features.double().T @ features.double(), rtol=1e-13, atol=1e-13)
+@given(
+    rows=st.integers(1, 400),
+    width=st.integers(1, 100),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    turned=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_gram(rows, width, dtype, turned, seed):
+    shape = (width, rows) if turned else (rows, width)
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    features = features.T if turned else features
+    found = gram.gram(features)
+    torch.testing.assert_close(found, features.double().T @ features.double(), rtol=1e-13, atol=1e-12)
     assert torch.equal(found, found.T)
+
+
+@given(
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=3),
+    rows=st.integers(0, 150),
+    width=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    turned=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_one_pass_over_the_rows(no_worse, counts, rows, width, dtype, turned, seed):
+    """merge_apply and merge_residual against float64, by the rule for low precision; also in place."""
+    generator = torch.Generator().manual_seed(seed)
+    sums = torch.promote_types(dtype, torch.float32)
+
+    def matrix():
+        shape = (width, rows) if turned else (rows, width)
+        values = torch.randn(shape, generator=generator).to(dtype)
+        return values.T if turned else values
+
+    base, weights = matrix(), [matrix() for _ in counts]
+    targets = [torch.randn(n, width, generator=generator).to(sums) for n in counts]
+    basis = torch.randn(sum(counts), width, generator=generator).to(sums) / width
+
+    def passes(dtype):
+        old = base.to(dtype)
+        found = [(w.to(dtype) - old) @ t.to(dtype).T for w, t in zip(weights, targets, strict=True)]
+        return [old + torch.cat(found, 1) @ basis.to(dtype), *found]
+
+    exact, eager = passes(torch.float64), passes(sums)
+    found = [
+        OPS.merge_apply(base, weights, targets, basis),
+        *(OPS.merge_residual(base, w, t) for w, t in zip(weights, targets, strict=True)),
+    ]
+    eager[0] = eager[0].to(dtype)
+    for what, ours, theirs, wanted in zip("arrr", found, eager, exact, strict=False):
+        if dtype is torch.float64:
+            torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+        else:
+            no_worse(what, ours, theirs, wanted, slack=2)
+    out = base.clone()
+    OPS.merge_apply_out(out, out, weights, targets, basis)
+    assert torch.equal(out, found[0])
+
+
+def test_the_number_of_threads_changes_nothing():
+    base, weights = torch.randn(300, 48), [torch.randn(300, 48) for _ in "ab"]
+    targets, basis = [torch.randn(3, 48) for _ in "ab"], torch.randn(6, 48)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((OPS.merge_apply(base, weights, targets, basis), gram.gram(base)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_gradients_of_the_whole_merge():
