@@ -27,7 +27,7 @@ from .files import (
 )
 from .kv_projection import kv_cross_attention, kv_project
 from .layout import LayoutBias
-from .low_rank import LowRankDelta, compress, reconstruct
+from .low_rank import Applied, LowRankDelta, applied, compress, reconstruct
 from .merge import ConflictingConstraintsError, MergeReport, MergeSolver, SingularRegularizationError
 from .stack import KVStack, Segment
 
@@ -36,6 +36,7 @@ __version__ = "0.1.0"
 _LAZY = dict.fromkeys(("patch_unet", "patched", "unpatch_unet"), ".diffusers")  # diffusers is optional
 
 __all__ = [
+    "Applied",
     "BaseMismatchError",
     "ConflictingConstraintsError",
     "DeltaFileError",
@@ -47,6 +48,7 @@ __all__ = [
     "MergeSolver",
     "Segment",
     "SingularRegularizationError",
+    "applied",
     "apply_delta",
     "build_info",
     "compress",

@@ -27,15 +27,15 @@ void gram(const Tensor& features, const Tensor& out, int threads) {
   require_dtype("out", out, DType::kFloat64);
   if (width == 0) return;
   const Kernels& isa = kernels();
-  const int64_t blocks = (width + kGramSide - 1) / kGramSide, padded = blocks * kGramSide;
+  const int64_t blocks = (width + kGramSide - 1) / kGramSide, square = kGramSide * kGramSide;
   const int64_t block = kGramDepth * kGramSide;  // doubles of one block of one layer of kGramDepth rows
   const int64_t layers = std::max<int64_t>(
       1,
       std::min((rows + kGramDepth - 1) / kGramDepth, kSlabBytes / int64_t(blocks * block * sizeof(double))));
   double* sums = static_cast<double*>(
-      thread_scratch(Scratch::kCall, (padded * padded + layers * blocks * block) * sizeof(double)));
-  double* slab = sums + padded * padded;
-  std::fill(sums, sums + padded * padded, 0.0);
+      thread_scratch(Scratch::kCall, (blocks * blocks * square + layers * blocks * block) * sizeof(double)));
+  double* slab = sums + blocks * blocks * square;
+  std::fill(sums, sums + blocks * blocks * square, 0.0);
 
   // Large tasks first, those on the diagonal last: threads finish a slab together.
   std::vector<Group> groups;
@@ -59,7 +59,7 @@ void gram(const Tensor& features, const Tensor& out, int threads) {
         for (int64_t j = groups[g].j; j < std::min(blocks, groups[g].j + kGroup); ++j)
           for (int64_t i = std::max(j, groups[g].i); i < std::min(blocks, groups[g].i + kGroup); ++i)
             isa.add_gram(layer + i * block, layer + j * block, range.end - range.begin,
-                         sums + i * kGramSide * padded + j * kGramSide, padded);
+                         sums + (i * blocks + j) * square);
       }
     });
   }
@@ -69,7 +69,8 @@ void gram(const Tensor& features, const Tensor& out, int threads) {
     const int64_t side = kGroup * kGramSide, i0 = groups[g].i * kGramSide, j0 = groups[g].j * kGramSide;
     for (int64_t i = i0; i < std::min(width, i0 + side); ++i)
       for (int64_t j = j0; j < std::min(i + 1, j0 + side); ++j) {
-        const double x = sums[i * padded + j];
+        const double x = sums[(i / kGramSide * blocks + j / kGramSide) * square + i % kGramSide * kGramSide +
+                              j % kGramSide];
         *static_cast<double*>(out.at(0, 0, i, j)) = x;
         *static_cast<double*>(out.at(0, 0, j, i)) = x;
       }

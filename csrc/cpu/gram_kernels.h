@@ -18,8 +18,8 @@ void pack_gram(const Tensor& matrix, Range rows, double* target, int64_t block) 
   }
 }
 
-void add_gram(const double* a, const double* b, int64_t depth, double* sum, int64_t row) {
-  gemm_block<double>({a, 1, kGramSide, b, kGramSide, sum, row, kGramSide, kGramSide, depth, true});
+void add_gram(const double* a, const double* b, int64_t depth, double* sum) {
+  gemm_block<double>({a, 1, kGramSide, b, kGramSide, sum, kGramSide, kGramSide, kGramSide, depth, true});
 }
 
 }  // namespace

@@ -83,8 +83,8 @@ struct Kernels {
   void (*merge_apply)(const MergeTask&);
   // At most kGramDepth rows of X: block j, `depth` rows of kGramSide doubles, at target + j * block.
   void (*pack_gram)(const Tensor& matrix, Range rows, double* target, int64_t block);
-  // sum (kGramSide, kGramSide), `row` apart, += aᵀ b of two such blocks.
-  void (*add_gram)(const double* a, const double* b, int64_t depth, double* sum, int64_t row);
+  // sum (kGramSide, kGramSide) += aᵀ b of two such blocks.
+  void (*add_gram)(const double* a, const double* b, int64_t depth, double* sum);
 };
 
 // The kernels of the best instruction set that was built and that this machine runs. The environment variable

@@ -17,6 +17,7 @@ from . import ops  # noqa: F401  registers torch.ops.customdiff.*
 from .delta import LowRankDelta
 
 Base = TypeVar("Base", bound=Mapping[str, Tensor])
+Delta = LowRankDelta | Mapping[str, Tensor]
 
 # A singular value from the Gram matrix is right to eps * (largest / it)^2: below this share of the largest it
 # is not trusted, and the matrix goes through LAPACK's SVD.
@@ -45,9 +46,7 @@ def reconstruct(
     another shape.
     """
     stack = as_stack("base", base)
-    if isinstance(deltas, Tensor) or not isinstance(deltas, (LowRankDelta, Iterable)):
-        raise TypeError(f"deltas must be one or many LowRankDelta or mappings, got {type(deltas).__name__}")
-    deltas = [deltas] if isinstance(deltas, (LowRankDelta, Mapping)) else list(deltas)
+    deltas = as_deltas(deltas)
     weights = _scales(scales, len(deltas))
     sums = _checks.sum_dtype(stack.weight.dtype)
     weight, rows = stack.weight, {name: start for name, start, _ in stack.segments}
@@ -62,10 +61,6 @@ def reconstruct(
                     terms.append((u.to(sums) * scale, v, rows[name], 1.0))
                 else:
                     terms.append((u, v, rows[name], 1.0 if scale is None else scale))
-        elif not isinstance(delta, Mapping):
-            raise TypeError(
-                f"deltas[{index}] must be a LowRankDelta or {{name: change}}, got {type(delta).__name__}"
-            )
         else:
             weight = _add_dense(f"deltas[{index}]", weight.to(sums), stack, delta, scale)
     us, vs, starts, numbers = (list(column) for column in zip(*terms, strict=True)) if terms else ([],) * 4
@@ -221,6 +216,19 @@ def _budget_ranks(spectra: Sequence[Tensor], costs: Sequence[int], max_bytes: in
         else torch.zeros(len(spectra))
     )
     return [int(r) for r in ranks]
+
+
+def as_deltas(deltas: Delta | Iterable[Delta]) -> list[Delta]:
+    """One or many as a list; TypeError where something else is among them."""
+    if isinstance(deltas, Tensor) or not isinstance(deltas, (LowRankDelta, Iterable)):
+        raise TypeError(f"deltas must be one or many LowRankDelta or mappings, got {type(deltas).__name__}")
+    found = [deltas] if isinstance(deltas, (LowRankDelta, Mapping)) else list(deltas)
+    for index, delta in enumerate(found):
+        if not isinstance(delta, (LowRankDelta, Mapping)):
+            raise TypeError(
+                f"deltas[{index}] must be a LowRankDelta or {{name: change}}, got {type(delta).__name__}"
+            )
+    return found
 
 
 def _scales(scales: float | Sequence[float] | Tensor | None, count: int) -> list[float | Tensor | None]:
