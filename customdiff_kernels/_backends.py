@@ -27,7 +27,7 @@ from . import _checks
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 CONTIGUOUS_ROWS = frozenset({"cuda", "triton"})  # they read the head dimension with stride 1, others any
-OF_WEIGHTS = frozenset({"cpu"})  # backends with kernels of their own for low_rank and merge
+OF_WEIGHTS = {"low_rank": ("cpu", "cuda", "triton"), "merge": ("cpu",)}  # who has kernels of their own
 NO_FLOAT64 = "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
 BUILD = "pip install --no-build-isolation -e . in the source folder (or pip install . for a copy)"
 
@@ -124,15 +124,20 @@ def load(name: str, op: str = "cross_attention") -> ModuleType:
     return importlib.import_module(f"{__package__}.{op}.{name}")
 
 
-def for_weights(op: str, tensor: torch.Tensor) -> ModuleType:
-    """The module of ``low_rank`` or ``merge`` that runs tensors like this: the backend's, or the reference.
+def for_weights(op: str, **tensors: torch.Tensor) -> ModuleType:
+    """The module of ``low_rank`` or ``merge`` that runs tensors like the first.
 
-    A device without kernels for them runs PyTorch's, unless a backend is forced that it does not have.
+    What a device has no kernels for runs in plain PyTorch, unless a backend is forced that cannot run.
     """
-    forced = os.environ.get("CK_BACKEND")
-    own = tensor.device.type == "cpu" or forced
-    name = choose(tensor.device, tensor.dtype).name if own else "reference"
-    return load(name if name in OF_WEIGHTS else "reference", op)
+    first = next(iter(tensors.values()))
+    forced, narrow = os.environ.get("CK_BACKEND"), first.dtype is not torch.float64
+    own = forced or first.device.type == "cpu" or (first.is_cuda and narrow)
+    name = choose(first.device, first.dtype).name if own else "reference"
+    name = name if name in OF_WEIGHTS[op] else "reference"
+    if name in CONTIGUOUS_ROWS:
+        for argument, tensor in tensors.items():
+            _checks.contiguous_rows(argument, tensor)
+    return load(name, op)
 
 
 def for_tensors(**tensors: torch.Tensor) -> ModuleType:

@@ -38,7 +38,9 @@ def register(
     torch.library.register_fake(f"customdiff::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.customdiff, name).default
     writes = "(a!)" in schema
-    if "Tensor[]" in schema.split("->")[0] and not writes:  # lists of tensors need torch's wrapper of autograd.Function
+    if (
+        "Tensor[]" in schema.split("->")[0] and not writes
+    ):  # lists of tensors need torch's wrapper of autograd.Function
         torch.library.register_autograd(
             f"customdiff::{name}", backward, setup_context=setup_context, lib=LIBRARY
         )

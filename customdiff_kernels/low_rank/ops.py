@@ -49,7 +49,7 @@ def _into(
     scales: Sequence[float] | None,
 ) -> None:
     scales = [1.0] * len(u) if scales is None else scales
-    _backends.for_weights("low_rank", base).low_rank_sum(out, base, u, v, starts, scales)
+    _backends.for_weights("low_rank", base=base, out=out).low_rank_sum(out, base, u, v, starts, scales)
 
 
 def _reconstruct(
