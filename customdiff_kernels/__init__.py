@@ -28,7 +28,13 @@ from .files import (
 from .kv_projection import kv_cross_attention, kv_project
 from .layout import LayoutBias
 from .low_rank import Applied, LowRankDelta, applied, compress, reconstruct
-from .merge import ConflictingConstraintsError, MergeReport, MergeSolver, SingularRegularizationError
+from .merge import (
+    ConflictingConstraintsError,
+    MergeFactorFileError,
+    MergeReport,
+    MergeSolver,
+    SingularRegularizationError,
+)
 from .stack import KVStack, Segment
 
 __version__ = "0.1.0"
@@ -44,6 +50,7 @@ __all__ = [
     "LayoutBias",
     "LoadedDelta",
     "LowRankDelta",
+    "MergeFactorFileError",
     "MergeReport",
     "MergeSolver",
     "Segment",

@@ -547,7 +547,7 @@ def solve(concepts=None, stack=None, **options):
         (
             lambda: solve([base()]),
             TypeError,
-            r"concept 0 must be a pair \(weights, target_features\), got KVStack",
+            r"concept 0 must be \(weights, target_features\) or .* got KVStack",
         ),
         (
             lambda: solve([(base(), torch.ones(2, E + 1))]),
