@@ -89,28 +89,33 @@ def solve(problem: Problem, factor: Tensor) -> Solution:
     origin = [(n, i) for n, given in enumerate(problem.features) for i in range(len(given))]
     with torch.no_grad():
         asked = _asked(problem, rows, origin)
-    kept = list(asked)
-    basis, r, sure = None, None, False
+    kept, sure = list(asked), False
     if len(kept) <= rows.shape[1]:
-        basis, r = torch.ops.customdiff.merge_basis(factor, features[kept].double())
+        basis, r = _basis(factor, features, kept)
         sure = bool((r.diagonal().abs() > INDEPENDENT * r.norm(dim=0)).all())  # NaN for dependent rows: no
     if not sure:
         with torch.no_grad():
             kept = _independent(problem, factor, rows, origin, asked)
-        basis, r = torch.ops.customdiff.merge_basis(factor, features[kept].double())
-    assert basis is not None and r is not None
+        basis, r = _basis(factor, features, kept)
     _warn_if_crowded(len(kept), rows.shape[1])
+    if len(kept) == len(rows):  # as most often: every row is a constraint of its own concept
+        counts = [len(given) for given in problem.features]
+        return Solution(problem.features, list(basis.split(counts)), r, [[] for _ in counts])
     shares = torch.tensor([[len(asked[j])] for j in kept], dtype=torch.float64, device=rows.device)
+    shared = basis / shares
     members = [[k for k, j in enumerate(kept) if n in asked[j]] for n in range(len(problem.features))]
     sources = {i for j in kept for i in asked[j].values()}
     dropped: list[list[int]] = [[] for _ in problem.features]
     for i, (n, row) in enumerate(origin):
         if i not in sources:
             dropped[n].append(row)
-    shared = basis / shares
-    return Solution(
-        [features[[kept[k] for k in m]] for m in members], [shared[m] for m in members], r, dropped
-    )
+    targets = [features[[kept[k] for k in concept]] for concept in members]
+    return Solution(targets, [shared[concept] for concept in members], r, dropped)
+
+
+def _basis(factor: Tensor, features: Tensor, kept: list[int]) -> tuple[Tensor, Tensor]:
+    chosen = features if len(kept) == len(features) else features[kept]
+    return torch.ops.customdiff.merge_basis(factor, chosen.double())
 
 
 def _warn_if_crowded(constraints: int, width: int) -> None:

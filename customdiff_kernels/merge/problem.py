@@ -154,7 +154,8 @@ class Problem:
                 ranks = [len(rows) for rows in v]
                 if sum(ranks) < len(ranks) * len(targets):
                     with _full_precision(targets):
-                        projected = torch.cat(v) @ targets.T @ basis.to(self.sums)
+                        # (C Vᵀ)ᵀ: with few target rows BLAS is quicker than at V Cᵀ
+                        projected = (targets @ torch.cat(v).T).T @ basis.to(self.sums)
                     lefts.append(u)
                     rights.append(projected.split(ranks))
                     continue
