@@ -174,13 +174,18 @@ class Problem:
 
     def _factors(self, delta: LowRankDelta) -> tuple[list[Tensor], list[Tensor]]:
         """u and v of every segment of the stack, in the dtype of sums; of rank 0 where the delta has none."""
-        pairs = []
-        for name, start, stop in self.stack.segments:
-            if (pair := delta.factors.get(name)) is None:
-                weight = self.stack.weight
-                pair = weight.new_zeros((stop - start, 0)), weight.new_zeros((0, weight.shape[1]))
-            pairs.append(pair)
-        return [u.to(self.sums) for u, _ in pairs], [v.to(self.sums) for _, v in pairs]
+        pairs: Iterable[tuple[Tensor, Tensor]] = delta.factors.values()
+        if delta.segments != self.stack.segments:
+            weight = self.stack.weight
+            none = weight.new_zeros((0, weight.shape[1]), dtype=delta.dtype)
+            pairs = [
+                delta.factors.get(name, (none.new_zeros((stop - start, 0)), none))
+                for name, start, stop in self.stack.segments
+            ]
+        u, v = map(list, zip(*pairs, strict=True))
+        if delta.dtype is self.sums:
+            return u, v
+        return [left.to(self.sums) for left in u], [right.to(self.sums) for right in v]
 
     def check_out(self, out: KVStack, solution: Solution) -> None:
         if not isinstance(out, KVStack) or out.segments != self.stack.segments:
