@@ -11,7 +11,8 @@ from diffusers import StableDiffusionPipeline
 import customdiff_kernels as ck
 from customdiff import merging
 from customdiff.concept import Concept
-from customdiff.merging import merge, regularization_features, renamed, target_features
+from customdiff.merging import merge, renamed, target_features
+from customdiff.regularization import regularization_features
 
 CAPTIONS = [
     "photo of a dog",
@@ -95,14 +96,12 @@ def test_concepts_are_moved_to_where_the_base_is(pipe, monkeypatch, low_rank):
         def __init__(self, reg_features, *, ridge):
             given["captions"] = reg_features.device.type
 
-        def merge(self, stack, pairs, **options):
-            for name, (weights, features) in pairs.items():
+        def report(self, stack, pairs, **options):
+            for name, (weights, features, _) in pairs.items():
                 device = weights.device if low_rank else weights.weight.device
                 given[name] = device.type, features.device.type
-            return tiny_pipeline.concept(pipe, 2, low_rank=True).delta
-
-        def report(self, stack, pairs, merged, **options):
-            return ck.MergeReport({}, 0.0, dict.fromkeys(pairs, 0.0), 1.0, 1.0, 0.0, {})
+            merged = tiny_pipeline.concept(pipe, 2, low_rank=True).delta
+            return ck.MergeReport({}, 0.0, dict.fromkeys(pairs, 0.0), 1.0, 1.0, 0.0, {}, merged)
 
     for concept in concepts:
         concept.metadata = {}  # the hash of a base on the meta device would have to read it

@@ -145,6 +145,14 @@ def parser() -> argparse.ArgumentParser:
         "--ridge", type=_ridge, default=1e-6, help="of the solver: a share, or auto (default: 1e-6)"
     )
     merge.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    merge.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where the captions' part is kept for the next merge (default: customdiff/ in the cache home)",
+    )
+    merge.add_argument("--no-cache", action="store_true", help="neither look there nor keep it")
+    merge.add_argument("--json", action="store_true", help="print the report as JSON")
+    merge.add_argument("--quiet", action="store_true", help="show no progress bar")
     _add_base(merge)
 
     compress = command(
@@ -233,6 +241,7 @@ def _merge(options: argparse.Namespace) -> None:
     from .concept import Concept
     from .data import read_captions
     from .merging import merge, renamed
+    from .regularization import cache_folder
 
     output = _free(options)
     loaded = [Concept.load(_file(name)) for name in options.concepts]
@@ -253,9 +262,22 @@ def _merge(options: argparse.Namespace) -> None:
         together=options.together,
         padding=options.padding,
         ridge=options.ridge,
+        cache=None if options.no_cache else options.cache or cache_folder(),
+        progress=not options.quiet,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     merged.save(output)
+    if options.json:
+        found = {
+            "output": str(output),
+            "bytes": output.stat().st_size,
+            "modifier_tokens": list(merged.modifier_tokens),
+            "renamed": [{"file": options.concepts[i], "old": old, "new": new} for i, old, new in changes],
+            "residual": {name: rows.tolist() for name, rows in report.residual.items()},
+        }
+        names = "drift concept_drift gram_condition constraint_condition ridge dropped".split()
+        print(json.dumps(found | {name: getattr(report, name) for name in names}, indent=2))
+        return
     for index, old, new in changes:
         print(f"{old} of {options.concepts[index]} is called {new} in the merge")
     residual = max(float(rows.max()) for rows in report.residual.values())
