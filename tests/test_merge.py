@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from customdiff_kernels.low_rank import compress, reconstruct
+from customdiff_kernels.low_rank import LowRankDelta, compress, reconstruct
 from customdiff_kernels.merge import (
     ConflictingConstraintsError,
     MergeSolver,
@@ -176,7 +176,7 @@ def test_low_rank_concepts_without_forming_them():
         torch.testing.assert_close(solver.apply(stack, concepts).weight, exact, rtol=1e-9, atol=1e-9)
         merged = reconstruct(stack, solver.merge(stack, concepts))
         torch.testing.assert_close(merged.weight, exact, rtol=1e-9, atol=1e-9)
-    part = type(factors)(factors.segments, {"c": factors.factors["c"]})  # a delta of one segment
+    part = LowRankDelta(factors.segments, {"c": factors.factors["c"]})  # a delta of one segment
     merged = solver.apply(stack, [(part, c1)])
     assert torch.equal(merged["a"], stack["a"]) and not torch.equal(merged["c"], stack["c"])
 
@@ -185,7 +185,7 @@ def test_low_rank_concepts_without_forming_them():
 def test_a_low_rank_concept_keeps_the_smaller_of_its_ranks_and_its_constraints(dtype):
     stack, reg = base(), torch.randn(60, E)
     deltas = {rank: compress(tuned(stack) - stack, rank=rank, dtype=dtype) for rank in (1, 2, 4)}
-    part = type(deltas[4])(deltas[4].segments, {"c": deltas[4].factors["c"]})
+    part = LowRankDelta(deltas[4].segments, {"c": deltas[4].factors["c"]})
     full, rows = tuned(stack), torch.randn(11, E)
     concepts = [(deltas[2], rows[:3]), (deltas[4], rows[3:5]), (part, rows[5:7]), (deltas[1], rows[7:9])]
     solver = MergeSolver(reg)
@@ -520,6 +520,22 @@ def test_gradients_of_the_whole_merge():
         (grad,) = torch.autograd.grad(call(weight, w1, c1, w2, c2).square().sum(), c1, create_graph=True)
         with pytest.raises(RuntimeError, match="not differentiable"):
             grad.sum().backward()
+
+
+def test_gradients_of_a_merge_of_factors():
+    weight, c = torch.randn(5, 6).double(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(5, 1, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
+    solver, stack = MergeSolver(torch.randn(30, 6).double()), KVStack(weight, [("a", 0, 5)])
+
+    for rows in (1, 2):  # as many constraints as ranks, and more: either form of the product
+
+        def call(u, v, c, rows=rows):
+            delta = LowRankDelta(stack.segments, {"a": (u, v)})
+            concepts = [(delta, c[:rows]), (KVStack(2 * weight, stack.segments), c[rows:])]
+            return solver.merge(stack, concepts).dense()["a"], solver.apply(stack, concepts).weight
+
+        assert torch.autograd.gradcheck(call, (u, v, c))
 
 
 def test_opcheck():

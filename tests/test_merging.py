@@ -79,6 +79,16 @@ def test_a_concept_with_two_tokens_keeps_both(pipe, concepts):
         assert (features @ weight.T - wanted).norm() < 1e-3 * wanted.norm()
 
 
+def test_a_conflict_is_told_in_words(pipe, concepts):
+    """Two modifier tokens with one embedding: the text encoder cannot tell the prompts apart."""
+    concepts[1].modifier_tokens["<new2>"] = concepts[0].modifier_tokens["<new1>"]
+    words = r'"<new1>" of <new1> \(row 0\) and "<new2>" of <new2> \(row 0\)'
+    other = r'"dog" of <new1> \(row 1\) and "dog" of <new2> \(row 1\)'
+    end = r'"end of text" of <new1> \(row 2\) .*"padding" of <new1> \(row 3\)'
+    with pytest.raises(ck.ConflictingConstraintsError, match=f"{words} .*{other} .*{end}"):
+        merge(concepts, pipe, CAPTIONS, prompts=[["<new1> dog"], ["<new2> dog"]])
+
+
 def test_a_token_that_no_training_prompt_names_is_refused(pipe, concepts):
     lost = tiny_pipeline.concept(pipe, 2, "<new3>", "<new4>")
     lost.metadata["prompts"] = ["photo of a <new3> dog"]

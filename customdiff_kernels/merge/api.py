@@ -159,7 +159,6 @@ class MergeSolver:
         merged = KVStack(weight, stack.segments)
         return cast(Base, merged if isinstance(base, KVStack) else dict(merged))
 
-    @torch.no_grad()
     def report(
         self,
         base: Mapping[str, Tensor],
@@ -172,12 +171,13 @@ class MergeSolver:
         """Measure ``merged`` (what ``merge`` or ``apply`` returned for the same arguments) against what was
         asked; without it what ``merge`` would return, as ``report.merged``, solved for once.
         """
-        problem = Problem.checked(base, concepts, self.factor, on_conflict, tolerance)
-        solution = constraints.solve(problem, self.factor)
-        if merged is None:
-            merged = self._merge(problem, solution)
-        found = checked_weights("merged", merged, problem.stack)
-        return measure(problem, solution, found, self.factor, self.ridge)
+        with torch.no_grad():
+            problem = Problem.checked(base, concepts, self.factor, on_conflict, tolerance)
+            solution = constraints.solve(problem, self.factor)
+            if merged is None:
+                merged = self._merge(problem, solution)
+            found = checked_weights("merged", merged, problem.stack)
+            return measure(problem, solution, found, self.factor, self.ridge)
 
     def _merge(self, problem: Problem, solution: constraints.Solution) -> LowRankDelta:
         segments, (u, v) = problem.stack.segments, problem.change(solution)

@@ -33,7 +33,7 @@ class MergeReport:
     constraint_condition: float
     ridge: float
     dropped: dict[str, list[int]]
-    merged: KVStack | LowRankDelta | None = field(default=None, repr=False)
+    merged: KVStack | LowRankDelta = field(repr=False)
 
 
 def measure(
