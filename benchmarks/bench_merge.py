@@ -136,8 +136,8 @@ def test_number_of_concepts(compare, smoke, count):
 
 
 def test_sdxl_low_rank(compare, smoke):
-    """R = 166,400, E = 2048. The peer is one float64 solve with G, the least that a merge takes where no factor
-    is kept; the published tool's, for each of 140 matrices, takes minutes.
+    """R = 166,400, E = 2048. The peer is one float64 solve with G, the least that a merge takes without a
+    kept factor; the published tool's, for each of 140 matrices, takes minutes.
     """
     shape = ([16, 32] * 2, 48, [], 80) if smoke else (SDXL, 2048, [], 4000)
     base, _, _, _, reg = problem(*shape)
