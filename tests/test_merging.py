@@ -12,7 +12,7 @@ import customdiff_kernels as ck
 from customdiff import merging
 from customdiff.concept import Concept
 from customdiff.merging import merge, renamed, target_features
-from customdiff.regularization import regularization_features
+from customdiff.regularization import merge_solver, regularization_features
 
 CAPTIONS = [
     "photo of a dog",
@@ -164,6 +164,21 @@ def test_renamed_prompts_name_the_new_tokens(pipe):
 def test_the_start_token_regularizes_nothing(pipe):
     """Its features are alike in all captions, and frozen: it counts among neither rows."""
     assert regularization_features(pipe, CAPTIONS).shape == (len(CAPTIONS) * (tiny_pipeline.LENGTH - 1), 32)
+
+
+def test_the_factor_is_kept_for_its_text_encoder_captions_and_ridge(pipe, tmp_path):
+    def files(pipe, captions=CAPTIONS, ridge=1e-6):
+        solver = merge_solver(pipe, captions, ridge, cache=tmp_path)
+        assert torch.equal(solver.factor, merge_solver(pipe, captions, ridge).factor)
+        return len(list(tmp_path.iterdir()))
+
+    assert [files(pipe), files(pipe)] == [1, 1]
+    assert [files(pipe, CAPTIONS[::-1]), files(pipe, ridge="auto")] == [2, 3]
+    other = copy.deepcopy(pipe)
+    other.unet.conv_in.weight.data += 1
+    assert files(other) == 3, "the UNet does not matter"
+    other.text_encoder.get_input_embeddings().weight.data[0, 0] += 1e-3
+    assert files(other) == 4
 
 
 def context_of(pipe, prompt, rows):

@@ -121,16 +121,19 @@ class Problem:
     def base_norm(self, root: Tensor) -> float:
         """‖W0 L‖_F."""
         right = root.to(self.sums)
+        blocks = self.stack.weight.split(BLOCK_ROWS)
         with _full_precision(root):
-            blocks = self.stack.weight.split(BLOCK_ROWS)
-            return _root_of_squares(torch.mm(block.to(self.sums), right) for block in blocks)
+            return _root_of_squares(block.to(self.sums) @ right for block in blocks)
 
     def change_norm(self, n: int, root: Tensor) -> float:
         """‖(W_n - W0) L‖_F, of factors from U's triangle R alone: ‖U V L‖ = ‖R (V L)‖."""
         weights, right = self.weights[n], root.to(self.sums)
         if isinstance(weights, KVStack):
-            pairs = zip(self.stack.weight.split(BLOCK_ROWS), weights.weight.split(BLOCK_ROWS), strict=True)
-            return _root_of_squares(torch.ops.customdiff.merge_residual(*pair, right.T) for pair in pairs)
+            blocks = zip(weights.weight.split(BLOCK_ROWS), self.stack.weight.split(BLOCK_ROWS), strict=True)
+            with _full_precision(root):
+                return _root_of_squares(
+                    (new.to(self.sums) - old.to(self.sums)) @ right for new, old in blocks
+                )
         u, v = self._factors(weights)
         with _full_precision(root):
             projected = (torch.cat(v) @ right).split([len(rows) for rows in v])

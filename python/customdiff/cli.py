@@ -145,12 +145,13 @@ def parser() -> argparse.ArgumentParser:
         "--ridge", type=_ridge, default=1e-6, help="of the solver: a share, or auto (default: 1e-6)"
     )
     merge.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    merge.add_argument(
+    cache = merge.add_mutually_exclusive_group()
+    cache.add_argument(
         "--cache",
         metavar="DIR",
         help="where the captions' part is kept for the next merge (default: customdiff/ in the cache home)",
     )
-    merge.add_argument("--no-cache", action="store_true", help="neither look there nor keep it")
+    cache.add_argument("--no-cache", action="store_true", help="neither look there nor keep it")
     merge.add_argument("--json", action="store_true", help="print the report as JSON")
     merge.add_argument("--quiet", action="store_true", help="show no progress bar")
     _add_base(merge)
