@@ -30,7 +30,7 @@ class SingularRegularizationError(ValueError):
 
 def gram(features: Tensor) -> Tensor:
     """C_regᵀ C_reg (E,E) float64 of features (T,E)."""
-    return _backends.for_weights("merge", features).gram(features)
+    return _backends.for_weights("merge", features=features).gram(features)
 
 
 def factorize(matrix: Tensor, rows: int, ridge: float | str) -> tuple[Tensor, float]:

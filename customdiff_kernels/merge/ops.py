@@ -98,7 +98,7 @@ def _residual(base: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     products.
     """
     out = _residual_fake(base, weight, targets)
-    _backends.for_weights("merge", base).residual(out, base, weight, targets)
+    _backends.for_weights("merge", base=base).residual(out, base, weight, targets)
     return out
 
 
@@ -140,7 +140,7 @@ def _check_apply(base: Tensor, weights: Sequence[Tensor], targets: Sequence[Tens
 
 def _apply(base: Tensor, weights: list[Tensor], targets: list[Tensor], basis: Tensor) -> Tensor:
     out = _apply_fake(base, weights, targets, basis)
-    _backends.for_weights("merge", base).apply(out, base, weights, targets, basis)
+    _backends.for_weights("merge", base=base).apply(out, base, weights, targets, basis)
     return out
 
 
@@ -186,7 +186,7 @@ register(
 
 def _apply_(out: Tensor, base: Tensor, weights: list[Tensor], targets: list[Tensor], basis: Tensor) -> None:
     _check_out(out, base, weights, targets, basis)
-    _backends.for_weights("merge", base).apply(out, base, weights, targets, basis)
+    _backends.for_weights("merge", base=base).apply(out, base, weights, targets, basis)
 
 
 def _check_out(
