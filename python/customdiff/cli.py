@@ -1,4 +1,4 @@
-"""The command line: ``customdiff train | sample | merge | compress | inspect``."""
+"""The command line: ``customdiff train | sample | merge | compress | convert | inspect``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog in the snow"
   customdiff merge dog.safetensors cat.safetensors --output both.safetensors
   customdiff compress dog.safetensors --energy 0.6 --output small.safetensors
+  customdiff convert delta.bin --to customdiff --base sd15/ --output dog.safetensors
   customdiff inspect small.safetensors
 """
 SAMPLE_EXAMPLES = """A --concept serves the --prompt before it; one that stands before all prompts serves each
@@ -47,6 +48,15 @@ examples:
 COMPRESS_EXAMPLES = """examples:
   customdiff compress dog.safetensors --energy 0.6 --output small.safetensors     the paper's "top 60%"
   customdiff compress dog.safetensors --max-bytes 100000 --output small.safetensors
+"""
+CONVERT_EXAMPLES = """Any format is read and known by its content; docs/formats.md says what each holds.
+customdiff, delta.bin and compvis are one file; diffusers, lora, kohya and webui a folder.
+
+examples:
+  customdiff convert delta.bin --to customdiff --base sd15/ --output dog.safetensors
+  customdiff convert dog.safetensors --to diffusers --base sd15/ --output dog_diffusers/
+  customdiff convert small.safetensors --to lora --output dog_lora/
+  customdiff convert dog.safetensors --to webui --checkpoint v1-5-pruned.safetensors --output dog_webui/
 """
 OPTIONAL = ("PIL", "accelerate", "diffusers", "numpy", "tqdm", "transformers")  # not in a plain install
 
@@ -166,6 +176,28 @@ def parser() -> argparse.ArgumentParser:
     rule.add_argument("--rank", type=int, help="singular values a matrix to keep")
     rule.add_argument("--max-bytes", type=int, help="bytes that all factors together may take")
     compress.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+
+    convert = command("convert", _convert, "Write a concept in another file format.", CONVERT_EXAMPLES)
+    convert.add_argument("concept", metavar="IN", help="a concept file, or folder, of any format")
+    convert.add_argument(
+        "--to",
+        required=True,
+        choices=("customdiff", "delta.bin", "compvis", "diffusers", "lora", "kohya", "webui"),
+        help="the format to write",
+    )
+    convert.add_argument("--output", required=True, help="the file or folder to write")
+    convert.add_argument(
+        "--base", help="pipeline folder of the base model, where a change becomes weights or the reverse"
+    )
+    convert.add_argument(
+        "--checkpoint", metavar="FILE", help="for webui: the base model as one .safetensors or .ckpt file"
+    )
+    convert.add_argument(
+        "--kv-only", action="store_true", help="leave out what the input changes beside keys and values"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    convert.add_argument("--quiet", action="store_true", help="do not say what is being done")
+    convert.add_argument("--json", action="store_true", help="print JSON")
 
     inspect = command("inspect", _inspect, "Show what a concept file holds.", "")
     inspect.add_argument("concept", metavar="FILE", help="the concept file")
@@ -293,23 +325,57 @@ def _compress(options: argparse.Namespace) -> None:
     import customdiff_kernels as ck
 
     from .concept import Concept
+    from .converting import size
 
     output = _free(options)
     concept = Concept.load(_file(options.concept))
+    if concept.weights:
+        raise ValueError(
+            f"{options.concept} holds whole weights, not a change of a base: make it one first, with "
+            f"customdiff convert {options.concept} --to customdiff --base DIR --output FILE"
+        )
     delta = ck.compress(concept.delta, energy=options.energy, rank=options.rank, max_bytes=options.max_bytes)
-    before = Path(options.concept).stat().st_size  # which --output may replace
+    before = size(Path(options.concept))  # which --output may replace
     output.parent.mkdir(parents=True, exist_ok=True)
     Concept(delta, concept.modifier_tokens, concept.metadata).save(output)
     after = output.stat().st_size
     print(f"{output}: {after:,} bytes, {after / before:.1%} of {before:,}")
 
 
+def _convert(options: argparse.Namespace) -> None:
+    from .converting import convert
+
+    output, source = Path(options.output), _file(options.concept)
+    _check_writable(output / "file" if output.is_dir() else output)
+    if output.exists() and not options.overwrite:
+        raise ValueError(f"output {options.output!r} exists; name another, or pass --overwrite")
+    if not (options.quiet or options.json):
+        print(f"reading {source}, writing {options.to} …", file=sys.stderr)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    done = convert(
+        source,
+        output,
+        options.to,
+        base=options.base,
+        checkpoint=options.checkpoint,
+        kv_only=options.kv_only,
+    )
+    if options.json:
+        print(json.dumps(done, indent=2))
+        return
+    if done["left_out"]:
+        print(f"left out: {len(done['left_out'])} other weights, first {done['left_out'][0]}")
+    words = ", ".join(done["modifier_tokens"]) or "no modifier token"
+    print(f"{output}: {done['segments']} segments from {done['read']}, {words}, {done['bytes']:,} bytes")
+
+
 def _inspect(options: argparse.Namespace) -> None:
     from .concept import Concept
+    from .converting import size
     from .inspection import describe, table
 
     path = _file(options.concept)
-    found = describe(Concept.load(path), path.stat().st_size)
+    found = describe(Concept.load(path), size(path))
     print(json.dumps(found, indent=2) if options.json else table(found))
 
 
@@ -361,7 +427,7 @@ def _ridge(text: str) -> float | str:
 
 def _file(name: str) -> Path:
     path = Path(name)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"concept file {name!r} does not exist")
     return path
 

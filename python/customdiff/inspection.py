@@ -13,7 +13,7 @@ from .concept import Concept
 
 def describe(concept: Concept, file_bytes: int) -> dict[str, Any]:
     """Segments (shape, rank, Frobenius norm, bytes), modifier tokens (width, norm), metadata; for JSON."""
-    delta, segments = concept.delta, []
+    delta, segments = concept.delta or concept.weights, []
     factors = delta.factors if isinstance(delta, ck.LowRankDelta) else None
     dense = delta if factors is None else delta.dense()
     for name, change in dense.items():
@@ -30,11 +30,12 @@ def describe(concept: Concept, file_bytes: int) -> dict[str, Any]:
         )
     tokens = [
         {"word": word, "width": row.numel(), "norm": float(row.float().norm())}
-        for word, row in concept.modifier_tokens.items()
+        for word, rows in concept.modifier_tokens.items()
+        for row in ([rows] if isinstance(rows, torch.Tensor) else rows)
     ]
     return {
         "file_bytes": file_bytes,
-        "delta": "full" if factors is None else "low rank",
+        "delta": "low rank" if factors is not None else "whole weights" if concept.weights else "full",
         "segments": segments,
         "modifier_tokens": tokens,
         "metadata": dict(concept.metadata),

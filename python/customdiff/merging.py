@@ -70,8 +70,7 @@ def merge(
     """
     rows = _modifier_tokens(concepts)
     stack = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
-    for concept in concepts:
-        concept.check_base(stack)
+    concepts = [concept.of(stack) for concept in concepts]
     prompts = _target_prompts(concepts, prompts)
     together = [together] if isinstance(together, str) else together
     pairs: dict[str, Any] = {}
@@ -287,4 +286,4 @@ def _rename(concept: Concept, new: dict[str, str]) -> Concept:
         prompts = ["".join(new[text] if is_word else text for text, is_word in part) for part in parts]
         metadata |= {"prompt": prompts[0], "prompts": prompts}
     rows = {new[word]: row for word, row in concept.modifier_tokens.items()}
-    return Concept(concept.delta, rows, metadata)
+    return Concept(concept.delta, rows, metadata, concept.weights)
