@@ -28,7 +28,7 @@ _SIDES = {"A": "v", "down": "v", "B": "u", "up": "u", "alpha": "alpha"}
 
 def parse(tree: Mapping[str, Any], text: Mapping[str, str]) -> LoadedDelta | None:
     """None where ``tree`` is no LoRA."""
-    if not any("lora_" in str(name) or ".lora." in str(name) for name in tree):
+    if not any("lora" in re.split(r"[._]", str(name)) for name in tree):
         return None
     if any(str(name).startswith("base_model.model.") for name in tree):
         raise ValueError(

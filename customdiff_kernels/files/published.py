@@ -133,7 +133,7 @@ def _write(tree: dict[str, Any], loaded: LoadedDelta, path: Path) -> None:
 
 def write_checkpoint(loaded: LoadedDelta, state: Mapping[str, Tensor], file: Path, files: list[str]) -> None:
     """A whole model with the concept's keys and values, as safetensors. ``files``: all in the folder."""
-    ours = {names.to_compvis([name])[name]: w for name, w in loaded.weights.items()}
+    ours = {compvis: loaded.weights[name] for name, compvis in names.to_compvis(loaded.weights).items()}
     if missing := sorted(ours.keys() - state.keys()):
         raise ValueError(f"checkpoint has no {missing[0]}: it is another model")
     text = {"format": "pt", "customdiff": json.dumps(loaded.metadata), "customdiff_files": json.dumps(files)}
