@@ -24,7 +24,7 @@ from file_samples import every_format, sample
 import customdiff_kernels as ck
 from customdiff_kernels.files import _safetensors
 
-CASES_A_FORMAT = 200
+CASES_A_FORMAT = int(os.environ.get("CASES",600))
 HALF = {torch.float32: torch.int32, torch.int64: torch.int32, torch.float16: torch.int8}
 
 
@@ -80,7 +80,7 @@ def huge(data: bytes, generator: random.Random) -> bytes:
 
 
 def repacked(data: bytes, edit) -> bytes:
-    """The archive of torch.save with its pickle changed and every checksum right, as a hostile writer would."""
+    """The archive of torch.save with its pickle changed and every checksum right."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
         for record in old.infolist():
@@ -144,8 +144,6 @@ def altered(path: Path, generator: random.Random) -> bytes:
         return buffer.getvalue()
     scratch = path.with_name("altered")
     tensors = {name: value.clone() for name, value in tree.items()}
-    complexes = [name for name, value in tensors.items() if value.dtype not in _safetensors._DTYPES]
-    assert not complexes
     _safetensors.write(scratch, tensors, text)
     data = scratch.read_bytes()
     scratch.unlink()
@@ -158,7 +156,7 @@ def weights_file(path: Path) -> Path:
 
 
 def test_no_malformed_file_is_read(tmp_path):
-    """2,200 of them: each is a clear error, or reads as a whole delta where nothing that is checked was hit."""
+    """6,600 of them: a clear error each, or a whole delta where nothing that can be checked was hit."""
     generator, outcomes = random.Random(0), {"refused": 0, "unharmed": 0, "other values": 0}
     held = sample()
     for what, path in every_format(tmp_path, held).items():
@@ -189,7 +187,8 @@ def test_no_malformed_file_is_read(tmp_path):
             finally:
                 bad_file.unlink()
         assert same(ck.load_delta(path), whole)
-    assert sum(outcomes.values()) >= 2000 and outcomes["refused"] > 1500, outcomes
+    assert sum(outcomes.values()) == 11 * CASES_A_FORMAT and outcomes["refused"] > 4000, outcomes
+    print(outcomes)
 
 
 class Creates:
@@ -329,20 +328,26 @@ def test_a_folder_s_list_stays_in_its_folder(tmp_path):
             ck.load_delta(path)
 
 
-SAVER = """
-import sys, torch
+NURSERY = """
+import os, sys
+import torch
 import customdiff_kernels as ck
+torch.set_num_threads(1)
 path, format, folder = sys.argv[1:]
 deltas = [ck.load_delta(f"{folder}/{i}") for i in range(2)]
 print("ready", flush=True)
-i = 0
-while True:
-    ck.save_delta(deltas[i % 2], path, format=format)
-    i += 1
+for _ in sys.stdin:
+    if (saver := os.fork()) == 0:
+        while True:
+            for delta in deltas:
+                ck.save_delta(delta, path, format=format)
+    print(saver, flush=True)
+    os.waitpid(saver, 0)
+    print("dead", flush=True)
 """
 
 
-@pytest.mark.parametrize(("format", "kills"), [("customdiff", 12), ("delta.bin", 8), ("lora", 12)])
+@pytest.mark.parametrize(("format", "kills"), [("customdiff", 40), ("delta.bin", 20), ("lora", 40)])
 def test_a_killed_save_leaves_the_old_or_the_new_one(format, kills, tmp_path):
     """SIGKILL at random moments of a loop of saves: what lies at the path is always whole."""
     generator = random.Random(0)
@@ -359,19 +364,21 @@ def test_a_killed_save_leaves_the_old_or_the_new_one(format, kills, tmp_path):
     target.mkdir()
     path, seen, leftovers = target / "concept", set(), 0
     ck.save_delta(wanted[0], path, format=format)
-    for _ in range(kills):
-        command = [sys.executable, "-c", SAVER, str(path), format, str(tmp_path)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(generator.uniform(0, 0.06))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
-        found = ck.load_delta(path)
-        seen.add([same(found, one) for one in wanted].index(True))
-        assert len(os.listdir(target)) <= 2
-        leftovers += len(os.listdir(target)) == 2
-    assert leftovers, "no kill fell into a save"
+    command = [sys.executable, "-c", NURSERY, str(path), format, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nursery:
+        assert nursery.stdout.readline() == "ready\n"
+        for _ in range(kills):
+            print(file=nursery.stdin, flush=True)
+            saver = int(nursery.stdout.readline())
+            time.sleep(generator.uniform(0, 0.08))
+            os.kill(saver, signal.SIGKILL)
+            assert nursery.stdout.readline() == "dead\n"
+            found = ck.load_delta(path)
+            seen.add([same(found, one) for one in wanted].index(True))
+            assert len(os.listdir(target)) <= 2
+            leftovers += len(os.listdir(target)) == 2
+        nursery.stdin.close()
+    assert leftovers and seen == {0, 1}, "no kill fell into a save"
     ck.save_delta(wanted[0], path, format=format)
     assert os.listdir(target) == ["concept"] and same(ck.load_delta(path), wanted[0])
     shutil.rmtree(target)

@@ -132,6 +132,15 @@ def apply_delta(
     return changed
 
 
+def from_pairs(pairs: Mapping[str, tuple[Any, Any]]) -> LowRankDelta:
+    """A stranger's factors {name: (u, v)} as a delta. Raises TypeError or ValueError for what is none."""
+    for name, pair in pairs.items():
+        for side, factor in zip("uv", pair, strict=True):
+            _checks.is_tensor(f"{name} {side}", factor)
+            _checks.rank(f"{name} {side}", factor, "rows,r" if side == "u" else "r,E")
+    return LowRankDelta.from_factors(pairs)
+
+
 def check_base(base: KVStack, metadata: Mapping[str, Any], remedy: str = "give the base recorded") -> None:
     """Raises BaseMismatchError where another base than ``base`` is recorded."""
     recorded, name = metadata.get("base_hash"), metadata.get("base_name", "its base")

@@ -112,7 +112,9 @@ def _file(path: Path, kv_only: bool) -> tuple[LoadedDelta, Mapping[str, str]]:
             )
         return _checked(found), text
     except (TypeError, ValueError, RecursionError) as error:
-        raise DeltaFileError(f"{path} is not a delta that can be read: {error}") from error
+        said = "".join(c if c.isprintable() else "?" for c in str(error))  # a stranger's names are among it
+        said = said if len(said) <= 500 else said[:500] + " …"
+        raise DeltaFileError(f"{path} is not a delta that can be read: {said}") from error
 
 
 def _contents(path: Path) -> tuple[Any, Mapping[str, str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..low_rank import LowRankDelta
 from . import _safetensors, names
-from .loaded import LoadedDelta
+from .loaded import LoadedDelta, from_pairs
 
 FILE = "pytorch_lora_weights.safetensors"
 _PEFT = re.compile(r"(?:unet\.)?(.+)\.(?:lora_(A|B)|lora\.(down|up))\.weight")
@@ -50,17 +50,13 @@ def parse(tree: Mapping[str, Any], text: Mapping[str, str]) -> LoadedDelta | Non
         if missing := {"u", "v"} - found.keys():
             raise ValueError(f"its LoRA of {name} lacks {' and '.join(sorted(missing))}")
         u, v = found["u"], found["v"]
-        if u.dim() != 2 or v.dim() != 2:
-            raise ValueError(
-                f"its LoRA of {name} must be matrices, got {tuple(u.shape)} and {tuple(v.shape)}"
-            )
         scale = common
         if "alpha" in found:
-            if found["alpha"].numel() != 1 or not v.shape[0]:
+            if found["alpha"].numel() != 1 or not v.numel():
                 raise ValueError(f"its alpha of {name} must be one number for a rank above 0")
             scale = float(found["alpha"]) / v.shape[0]
         factors[name] = (u if scale == 1 else u * scale, v)
-    delta: Any = LowRankDelta.from_factors(factors) if factors else {}
+    delta: Any = from_pairs(factors) if factors else {}
     return LoadedDelta(delta, format="lora", left_out=tuple(left_out))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..low_rank import LowRankDelta
 from . import _atomic, _safetensors, _torch_zip, names
-from .loaded import LoadedDelta
+from .loaded import LoadedDelta, from_pairs
 
 VOCABULARY = 49408  # CLIP's, in SD 1.x, 2.x and both of SDXL's encoders
 _TOKEN_EMBEDDINGS = (
@@ -87,13 +87,11 @@ def _loaded(matrices: dict[str, Any], layout: str) -> LoadedDelta:
     factors = {name: value for name, value in matrices.items() if isinstance(value, Mapping)}
     if not factors:
         return LoadedDelta({}, weights=matrices, format=layout)
-    for name, value in matrices.items():
+    for name in matrices:
         if name not in factors or set(factors[name]) != {"u", "v"}:
             raise ValueError(f"its {name} must be {{'u', 'v'}} as the others are")
-        if not all(isinstance(factor, Tensor) for factor in value.values()):
-            raise TypeError(f"its {name} must hold tensors u and v")
     pairs = {name: (value["u"], value["v"]) for name, value in factors.items()}
-    return LoadedDelta(LowRankDelta.from_factors(pairs), format=layout)
+    return LoadedDelta(from_pairs(pairs), format=layout)
 
 
 def write_delta_bin(loaded: LoadedDelta, path: Path) -> None:
