@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import random
@@ -24,28 +25,21 @@ from file_samples import every_format, sample
 import customdiff_kernels as ck
 from customdiff_kernels.files import _safetensors
 
-CASES_A_FORMAT = int(os.environ.get("CASES",600))
+CASES_A_FORMAT = 160
 HALF = {torch.float32: torch.int32, torch.int64: torch.int32, torch.float16: torch.int8}
+
+
+def tensors(loaded: ck.LoadedDelta) -> dict:
+    delta = loaded.delta
+    if isinstance(delta, ck.LowRankDelta):
+        delta = {(name, i): factor for name, pair in delta.factors.items() for i, factor in enumerate(pair)}
+    return {**delta, **loaded.weights, **loaded.modifier_tokens}
 
 
 def same(first: ck.LoadedDelta, second: ck.LoadedDelta) -> bool:
     """Segment by segment and word by word, to the bit."""
-
-    def tensors(loaded: ck.LoadedDelta) -> dict:
-        delta = loaded.delta
-        if isinstance(delta, ck.LowRankDelta):
-            delta = {
-                (name, i): factor for name, pair in delta.factors.items() for i, factor in enumerate(pair)
-            }
-        return {**delta, **loaded.weights, **loaded.modifier_tokens}
-
     a, b = tensors(first), tensors(second)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def shapes(loaded: ck.LoadedDelta) -> dict:
-    delta = loaded.delta.dense() if isinstance(loaded.delta, ck.LowRankDelta) else loaded.delta
-    return {name: tuple(matrix.shape) for name, matrix in {**delta, **loaded.weights}.items()}
 
 
 def truncated(data: bytes, generator: random.Random) -> bytes:
@@ -143,8 +137,7 @@ def altered(path: Path, generator: random.Random) -> bytes:
         torch.save(tree, buffer)
         return buffer.getvalue()
     scratch = path.with_name("altered")
-    tensors = {name: value.clone() for name, value in tree.items()}
-    _safetensors.write(scratch, tensors, text)
+    _safetensors.write(scratch, {name: value.clone() for name, value in tree.items()}, text)
     data = scratch.read_bytes()
     scratch.unlink()
     return data
@@ -155,13 +148,28 @@ def weights_file(path: Path) -> Path:
     return max(path.iterdir(), key=lambda file: file.stat().st_size) if path.is_dir() else path
 
 
-def test_no_malformed_file_is_read(tmp_path):
-    """6,600 of them: a clear error each, or a whole delta where nothing that can be checked was hit."""
-    generator, outcomes = random.Random(0), {"refused": 0, "unharmed": 0, "other values": 0}
-    held = sample()
-    for what, path in every_format(tmp_path, held).items():
-        file, whole = weights_file(path), ck.load_delta(path)
-        data = file.read_bytes()
+def without_note(file: Path) -> None:
+    """The file as a published program writes it, without our checksum."""
+    if file.read_bytes().startswith(b"PK"):
+        tree = torch.load(file, weights_only=True)
+        del tree["customdiff"]
+        torch.save(tree, file)
+    else:
+        tensors, _ = _safetensors.read(file)
+        _safetensors.write(file, {name: value.clone() for name, value in tensors.items()}, {"format": "pt"})
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["ours", "published"])
+def test_no_malformed_file_is_read(noted, tmp_path):
+    """3,040 of them: a clear error each, or a whole delta where nothing that can be checked was hit."""
+    generator, refused, unharmed, other = random.Random(noted), 0, 0, 0
+    for what, path in every_format(tmp_path, sample()).items():
+        if what.startswith("customdiff") and not noted:
+            continue
+        file = weights_file(path)
+        if not noted:
+            without_note(file)
+        data, whole = file.read_bytes(), ck.load_delta(path)
         for case in range(CASES_A_FORMAT):
             damage = (truncated, flipped, spliced, huge, reopened, altered)[case % 6]
             bad = damage(file, generator) if damage is altered else damage(data, generator)
@@ -172,23 +180,18 @@ def test_no_malformed_file_is_read(tmp_path):
                     warnings.simplefilter("ignore")
                     found = ck.load_delta(bad_file)
             except ck.DeltaFileError as error:
-                assert str(bad_file.parent) in str(error) and len(str(error)) < 2000, (what, case)
-                outcomes["refused"] += 1
+                assert str(path.parent) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+                refused += 1
             else:
-                assert what not in ("customdiff", "customdiff-full", "customdiff-weights") or same(
-                    found, whole
-                )
-                if same(found, whole):
-                    outcomes["unharmed"] += 1
-                else:
-                    # published layouts have no checksum of their own: what is read is whole by their measure
-                    assert found.kind in ("delta", "weights", "tokens"), (what, case)
-                    outcomes["other values"] += 1
+                harm = not same(found, whole)
+                assert not (noted and harm), f"{what}, case {case}: read, and not what was saved"
+                assert all(bool(tensor.isfinite().all()) for tensor in tensors(found).values())
+                unharmed, other = unharmed + (not harm), other + harm
             finally:
                 bad_file.unlink()
         assert same(ck.load_delta(path), whole)
-    assert sum(outcomes.values()) == 11 * CASES_A_FORMAT and outcomes["refused"] > 4000, outcomes
-    print(outcomes)
+    # a published file has no checksum, so another value in it is as good as the right one
+    assert refused > 5 * (unharmed + other), (refused, unharmed, other)
 
 
 class Creates:
@@ -320,10 +323,11 @@ def test_a_folder_s_list_stays_in_its_folder(tmp_path):
     held = sample()
     path = ck.save_delta(held.delta, tmp_path / "out", format="lora")
     file = path / "pytorch_lora_weights.safetensors"
-    tensors, text = _safetensors.read(file)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    for name in ("../secret", "/etc/passwd", "a/b/c", "embeddings/../../x", ".."):
-        _safetensors.write(file, tensors, text | {"customdiff_files": f'["x", "{name}"]'})
+    found, text = _safetensors.read(file)
+    found = {name: tensor.clone() for name, tensor in found.items()}
+    for name in ("../secret", "/etc/passwd", "a/b/c", "embeddings/../../x", "..", ".hidden"):
+        note = json.loads(text["customdiff"]) | {"files": {name: "0" * 64}}
+        _safetensors.write(file, found, {"customdiff": json.dumps(note)})
         with pytest.raises(ck.DeltaFileError, match="lists files beyond its folder"):
             ck.load_delta(path)
 

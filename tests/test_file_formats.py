@@ -401,6 +401,10 @@ def test_a_folder_that_lost_a_file_is_refused(held, tmp_path):
     for source in (path, path / "pytorch_lora_weights.safetensors"):
         with pytest.raises(ck.DeltaFileError, match="lacks the files that it was saved with, first .*<new2>"):
             ck.load_delta(source)
+    with pytest.raises(ck.DeltaFileError, match="<new1>.safetensors is not the file that .* was saved with"):
+        ck.save_delta(held.delta, tmp_path / "out2", format="lora", modifier_tokens=held.tokens)
+        (tmp_path / "out2" / "<new2>.safetensors").replace(tmp_path / "out2" / "<new1>.safetensors")
+        ck.load_delta(tmp_path / "out2")
     with pytest.raises(ck.DeltaFileError, match="holds 0 files of weights"):
         (path / "pytorch_lora_weights.safetensors").unlink()
         ck.load_delta(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -38,9 +38,9 @@ def load_delta(path: str | PathLike[str], *, kv_only: bool = False) -> LoadedDel
         return _folder(path, kv_only)
     if not path.is_file():
         raise FileNotFoundError(f"there is no delta file at {path}")
-    found, text = _file(path, kv_only)
-    if "customdiff_files" in text:
-        _add_tokens(path, found, _listed(path, text))
+    found, listed = _file(path, kv_only)
+    if listed is not None:
+        _add_tokens(path, found, _whole(path, listed))
     elif found.format == "diffusers":
         beside = path.parent.iterdir()
         _add_tokens(
@@ -60,9 +60,9 @@ def _folder(path: Path, kv_only: bool) -> LoadedDelta:
         raise DeltaFileError(
             f"{path} holds {len(main)} files of weights{': name one: ' + names if names else ''}"
         )
-    found, text = read[main[0]]
-    if "customdiff_files" in text:
-        _add_tokens(main[0], found, _listed(main[0], text))
+    found, listed = read[main[0]]
+    if listed is not None:
+        _add_tokens(main[0], found, _whole(main[0], listed))
         return found
     embeddings = (file for file in (path / "embeddings").glob("*") if file.is_file() and _may_be_ours(file))
     _add_tokens(main[0], found, [*(file for file in files if file != main[0]), *sorted(embeddings)])
@@ -75,20 +75,17 @@ def _may_be_ours(file: Path) -> bool:
     return _torch_zip.is_zip(start) or start[8:] == b"{"
 
 
-def _listed(path: Path, text: Mapping[str, str]) -> list[Path]:
-    """The files that ``path`` says lie with it, without itself."""
-    try:
-        names = json.loads(text["customdiff_files"])
-    except (ValueError, RecursionError) as error:
-        raise DeltaFileError(f"{path} does not list its files: {error}") from error
-    if not isinstance(names, list) or not all(
-        isinstance(name, str) and re.fullmatch(r"(embeddings/)?[^/.\0][^/\0]*", name) for name in names
-    ):
-        raise DeltaFileError(f"{path} lists files beyond its folder: {names!r}")
-    files = [path.parent / name for name in names[1:]]
-    if missing := [file for file in files if not file.is_file()]:
-        raise DeltaFileError(f"{path} lacks the files that it was saved with, first {missing[0]}")
-    return files
+def _whole(path: Path, listed: Mapping[str, str]) -> list[Path]:
+    """The files that were saved with ``path``, after a look that they are there and the same."""
+    for name, digest in listed.items():
+        file = path.parent / name
+        if not file.is_file():
+            raise DeltaFileError(f"{path} lacks the files that it was saved with, first {file}")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise DeltaFileError(
+                f"{file} is not the file that {path} was saved with: it is damaged, or another's"
+            )
+    return [path.parent / name for name in listed]
 
 
 def _add_tokens(path: Path, found: LoadedDelta, files: Iterable[Path]) -> None:
@@ -101,7 +98,8 @@ def _add_tokens(path: Path, found: LoadedDelta, files: Iterable[Path]) -> None:
         found.modifier_tokens |= other.modifier_tokens
 
 
-def _file(path: Path, kv_only: bool) -> tuple[LoadedDelta, Mapping[str, str]]:
+def _file(path: Path, kv_only: bool) -> tuple[LoadedDelta, dict[str, str] | None]:
+    """(what it holds, {name: sha256} of the files that it was saved with or None where it does not say)."""
     try:
         tree, text = _contents(path)
         found = _parse(tree, text, path.stem)
@@ -110,7 +108,8 @@ def _file(path: Path, kv_only: bool) -> tuple[LoadedDelta, Mapping[str, str]]:
                 f"it also holds {len(found.left_out)} other weights, first {found.left_out[0]!r}: a delta "
                 "is of keys and values; kv_only=True (--kv-only) reads these and the modifier tokens alone"
             )
-        return _checked(found), text
+        found = _checked(found)
+        return found, own.parse_note(text["customdiff"], found) if "customdiff" in text else None
     except (TypeError, ValueError, RecursionError) as error:
         said = "".join(c if c.isprintable() else "?" for c in str(error))  # a stranger's names are among it
         said = said if len(said) <= 500 else said[:500] + " …"
@@ -150,11 +149,6 @@ def _parse(tree: Any, text: Mapping[str, str], stem: str) -> LoadedDelta:
             f"it has none of the layouts that are known (docs/formats.md): its metadata does not say "
             f"format={own.FORMAT!r}, and its names are {sorted(map(str, tree))[:3]}"
         )
-    if note := text.get("customdiff"):
-        found.metadata = json.loads(note)
-        if not isinstance(found.metadata, dict):
-            raise ValueError(f"its note of metadata is no dict: {note[:40]!r}")
-        own.check_metadata(found.metadata)
     return found
 
 

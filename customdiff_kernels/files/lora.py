@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +87,23 @@ def _scale(text: Mapping[str, str]) -> float:
     return alpha / rank
 
 
-def write(loaded: LoadedDelta, file: Path, files: list[str], *, kohya: bool) -> None:
-    """``files``: all that will lie in the folder. Raises ValueError for a change that has no factors."""
+def factors_of(loaded: LoadedDelta) -> LoadedDelta:
+    """``loaded`` without the segments that it does not change. Raises ValueError for what has no factors."""
     delta = loaded.delta
     if not isinstance(delta, LowRankDelta):
         raise ValueError(
             "a LoRA holds low-rank factors, and this is a full change or whole weights: compress it first "
             "(ck.compress, customdiff compress)"
         )
+    if not (factors := {name: (u, v) for name, (u, v) in delta.factors.items() if u.shape[1]}):
+        raise ValueError("the delta changes nothing: every rank is 0")
+    return replace(loaded, delta=LowRankDelta.from_factors(factors))
+
+
+def write(delta: LowRankDelta, file: Path, note: str, *, kohya: bool) -> None:
+    """Raises ValueError for a segment that is no key or value weight of a UNet."""
     tensors = {}
     for name, (u, v) in delta.factors.items():
-        if not u.shape[1]:
-            continue
         if kohya:
             target, down, up = names.to_kohya(name), "lora_down", "lora_up"
         elif names.is_key_value(name):
@@ -105,7 +111,4 @@ def write(loaded: LoadedDelta, file: Path, files: list[str], *, kohya: bool) -> 
         else:
             raise ValueError(f"{name!r} is no key or value weight of a UNet")
         tensors[f"{target}.{down}.weight"], tensors[f"{target}.{up}.weight"] = v, u
-    if not tensors:
-        raise ValueError("the delta changes nothing: every rank is 0")
-    text = {"format": "pt", "customdiff": json.dumps(loaded.metadata), "customdiff_files": json.dumps(files)}
-    _safetensors.write(file, tensors, text)
+    _safetensors.write(file, tensors, {"format": "pt", "customdiff": note})

@@ -36,10 +36,7 @@ def write(loaded: LoadedDelta, path: Path) -> None:
     """Write a checked delta atomically."""
     from .. import __version__
 
-    tensors, segments, kind = _delta_tensors(loaded)
-    for word, rows in loaded.modifier_tokens.items():
-        for i, row in enumerate([rows] if isinstance(rows, Tensor) else rows):
-            tensors[f"modifier_token{'' if i == 0 else f'_{i + 1}'}.{word}"] = row
+    tensors, segments, kind = _tensors(loaded)
     fields = dict(loaded.metadata)
     fields |= {"kind": kind, "segments": [list(segment) for segment in segments]}
     fields |= {"format_version": FORMAT_VERSION, "library_version": __version__}
@@ -48,7 +45,38 @@ def write(loaded: LoadedDelta, path: Path) -> None:
     _safetensors.write(path, tensors, text)
 
 
-def _delta_tensors(loaded: LoadedDelta) -> tuple[dict[str, Tensor], list[Segment], str]:
+def note(loaded: LoadedDelta, files: Mapping[str, str]) -> str:
+    """What a file in another layout says beside its tensors: the metadata, a checksum of what it holds, and
+    {name: sha256} of the files that lie with it.
+    """
+    digest = content_hash(_tensors(loaded)[0], {})
+    return json.dumps({"metadata": loaded.metadata, "content_sha256": digest, "files": dict(files)})
+
+
+def parse_note(text: str, found: LoadedDelta) -> dict[str, str]:
+    """Puts the note's metadata into what was read with it; returns its files. Raises ValueError where it is
+    malformed, or the content another than it was written with.
+    """
+    fields = json.loads(text)
+    metadata, files = (
+        (fields.get(name) for name in ("metadata", "files")) if isinstance(fields, dict) else (0, 0)
+    )
+    if not isinstance(metadata, dict) or not isinstance(files, dict):
+        raise ValueError(f"its 'customdiff' note is malformed: {text[:40]!r}")
+    for name in files:
+        if not re.fullmatch(r"(embeddings/)?[^/.\0][^/\0]*", name):
+            raise ValueError(f"its note lists files beyond its folder: {name!r}")
+    check_metadata(metadata)
+    if fields.get("content_sha256") != content_hash(_tensors(found)[0], {}):
+        raise ValueError(
+            "its content does not match the checksum that it was saved with: it is damaged, or was edited by "
+            "a program that kept its 'customdiff' note; without the note it is read as it is"
+        )
+    found.metadata = metadata
+    return files
+
+
+def _tensors(loaded: LoadedDelta) -> tuple[dict[str, Tensor], list[Segment], str]:
     delta = loaded.delta
     if isinstance(delta, LowRankDelta):
         tensors = {}
@@ -66,6 +94,9 @@ def _delta_tensors(loaded: LoadedDelta) -> tuple[dict[str, Tensor], list[Segment
     for name in tensors:
         if _TOKEN.fullmatch(name) or name == "__metadata__":
             raise ValueError(f"delta would be stored as {name!r}, which the file format keeps for itself")
+    for word, rows in loaded.modifier_tokens.items():
+        for i, row in enumerate([rows] if isinstance(rows, Tensor) else rows):
+            tensors[f"modifier_token{'' if i == 0 else f'_{i + 1}'}.{word}"] = row
     return tensors, segments, kind
 
 

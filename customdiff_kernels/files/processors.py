@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +32,8 @@ def parse(tree: Mapping[str, Any]) -> LoadedDelta | None:
     return LoadedDelta({}, weights=weights, format="diffusers", left_out=tuple(left_out))
 
 
-def write(loaded: LoadedDelta, folder: Path, files: list[str]) -> None:
-    """``files``: all that will lie in the folder."""
+def write(loaded: LoadedDelta, file: Path, note: str) -> None:
+    """Raises ValueError for weights that are no layer's key and value."""
     tensors = {}
     for name, weight in loaded.weights.items():
         layer, _, part = name.removesuffix(".weight").rpartition(".")
@@ -48,5 +47,4 @@ def write(loaded: LoadedDelta, folder: Path, files: list[str]) -> None:
         tensors[f"{layer}.processor.{part}_custom_diffusion.weight"] = weight
         # diffusers wants a processor for every attention, and takes what is empty for one that has no weights
         tensors[f"{layer.removesuffix('attn2')}attn1.processor"] = torch.zeros(0)
-    text = {"format": "pt", "customdiff": json.dumps(loaded.metadata), "customdiff_files": json.dumps(files)}
-    _safetensors.write(folder / FILE, tensors, text)
+    _safetensors.write(file, tensors, {"format": "pt", "customdiff": note})

@@ -9,7 +9,6 @@ both has {"u": (rows,r), "v": (r,E)}, a change, in the place of each weight.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,27 +93,27 @@ def _loaded(matrices: dict[str, Any], layout: str) -> LoadedDelta:
     return LoadedDelta(from_pairs(pairs), format=layout)
 
 
-def write_delta_bin(loaded: LoadedDelta, path: Path) -> None:
+def write_delta_bin(loaded: LoadedDelta, path: Path, note: str) -> None:
     tokens = {
         word: rows if isinstance(rows, Tensor) else list(rows)
         for word, rows in loaded.modifier_tokens.items()
     }
-    _write({"unet": _matrices(loaded), "modifier_token": tokens}, loaded, path)
+    _write({"unet": _matrices(loaded), "modifier_token": tokens, "customdiff": note}, path)
 
 
-def write_compvis(loaded: LoadedDelta, path: Path) -> None:
+def write_compvis(loaded: LoadedDelta, path: Path, note: str) -> None:
     """Raises ValueError for words of two text encoders, or weights that have no CompVis name."""
     matrices = _matrices(loaded)
     names_of = names.to_compvis(matrices)
     state: dict[str, Any] = {names_of[name]: value for name, value in matrices.items()}
-    tree: dict[str, Any] = {"state_dict": state}
+    tree: dict[str, Any] = {"state_dict": state, "customdiff": note}
     if loaded.modifier_tokens:
         rows = list(loaded.modifier_tokens.values())
         if not all(isinstance(row, Tensor) for row in rows):
             raise ValueError("a CompVis delta holds words of one text encoder, and these are of several")
         state["embed"] = torch.stack([row for row in rows if isinstance(row, Tensor)])
         tree["modifier_token"] = list(loaded.modifier_tokens)
-    _write(tree, loaded, path)
+    _write(tree, path)
 
 
 def _matrices(loaded: LoadedDelta) -> dict[str, Any]:
@@ -123,16 +122,14 @@ def _matrices(loaded: LoadedDelta) -> dict[str, Any]:
     return dict(loaded.weights)
 
 
-def _write(tree: dict[str, Any], loaded: LoadedDelta, path: Path) -> None:
-    tree["customdiff"] = json.dumps(loaded.metadata)
+def _write(tree: dict[str, Any], path: Path) -> None:
     with _atomic.new_file(path) as file:
         _torch_zip.write(file, tree)
 
 
-def write_checkpoint(loaded: LoadedDelta, state: Mapping[str, Tensor], file: Path, files: list[str]) -> None:
-    """A whole model with the concept's keys and values, as safetensors. ``files``: all in the folder."""
+def write_checkpoint(loaded: LoadedDelta, state: Mapping[str, Tensor], file: Path, note: str) -> None:
+    """A whole model with the concept's keys and values, as safetensors."""
     ours = {compvis: loaded.weights[name] for name, compvis in names.to_compvis(loaded.weights).items()}
     if missing := sorted(ours.keys() - state.keys()):
         raise ValueError(f"checkpoint has no {missing[0]}: it is another model")
-    text = {"format": "pt", "customdiff": json.dumps(loaded.metadata), "customdiff_files": json.dumps(files)}
-    _safetensors.write(file, {**state, **ours}, text)
+    _safetensors.write(file, {**state, **ours}, {"format": "pt", "customdiff": note})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -65,23 +66,20 @@ def save_delta(
         )
     loaded = _checked(delta, modifier_tokens, metadata)
     state = {} if checkpoint is None else _checkpoint(Path(checkpoint))
-    if checkpoint is not None and base is None:
-        base = KVStack.from_mapping(load_delta(checkpoint, kv_only=True).weights)
+    if checkpoint is not None:
+        whole = load_delta(checkpoint, kv_only=True)
+        if whole.modifier_tokens:
+            raise ValueError(f"checkpoint {checkpoint} has modifier tokens of its own: give the base model's")
+        base = KVStack.from_mapping(whole.weights)
     loaded = _converted(loaded, format, base)
-    files = {
-        "diffusers": processors.FILE,
-        "lora": lora.FILE,
-        "kohya": f"{path.name}.safetensors",
-        "webui": "model.safetensors",
-    }
     if format == "customdiff":
         own.write(loaded, path)
     elif format == "delta.bin":
-        published.write_delta_bin(loaded, path)
+        published.write_delta_bin(loaded, path, own.note(loaded, {}))
     elif format == "compvis":
-        published.write_compvis(loaded, path)
+        published.write_compvis(loaded, path, own.note(loaded, {}))
     else:
-        _write_folder(loaded, path, format, files[format], state)
+        _write_folder(loaded, path, format, state)
     return path
 
 
@@ -177,25 +175,37 @@ def _checkpoint(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _write_folder(loaded: LoadedDelta, path: Path, format: str, main: str, state: dict[str, Tensor]) -> None:
+def _write_folder(loaded: LoadedDelta, path: Path, format: str, state: dict[str, Tensor]) -> None:
+    """The weights in one file, each word in another, which the first lists."""
+    main = {
+        "diffusers": processors.FILE,
+        "lora": lora.FILE,
+        "kohya": f"{path.name}.safetensors",
+        "webui": "model.safetensors",
+    }[format]
     webui = format in ("kohya", "webui")
-    words = [tokens.file_name(word) for word in loaded.modifier_tokens]
-    if main in words:
+    if format in ("lora", "kohya"):
+        loaded = lora.factors_of(loaded)
+    if not webui and main in map(tokens.file_name, loaded.modifier_tokens):
         raise ValueError(
             f"modifier token {main.removesuffix('.safetensors')!r} has the name of the weights' file"
         )
-    files = [main, *(f"embeddings/{word}" if webui else word for word in words)]
     _check_replaceable(path)
     with _atomic.new_folder(path) as folder:
-        if words and webui:
-            (folder / "embeddings").mkdir()
-        tokens.write(loaded.modifier_tokens, folder / "embeddings" if webui else folder, webui=webui)
+        files = {}
+        for word, rows in loaded.modifier_tokens.items():
+            name = f"embeddings/{tokens.file_name(word)}" if webui else tokens.file_name(word)
+            (folder / name).parent.mkdir(exist_ok=True)
+            tokens.write(word, rows, folder / name, webui=webui)
+            files[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        note = own.note(replace(loaded, modifier_tokens={}), files)
         if format == "diffusers":
-            processors.write(loaded, folder, files)
+            processors.write(loaded, folder / main, note)
         elif format == "webui":
-            published.write_checkpoint(loaded, state, folder / main, files)
+            published.write_checkpoint(loaded, state, folder / main, note)
         else:
-            lora.write(loaded, folder / main, files, kohya=format == "kohya")
+            assert isinstance(loaded.delta, LowRankDelta)
+            lora.write(loaded.delta, folder / main, note, kohya=format == "kohya")
 
 
 def _check_replaceable(path: Path) -> None:
@@ -204,16 +214,15 @@ def _check_replaceable(path: Path) -> None:
         return
     if path.is_dir():
         there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
-        if not there or any(there == set(_index(path / name)) for name in there if "/" not in name):
+        if not there or any(there == {name, *_listed(path / name)} for name in there if "/" not in name):
             return
     raise FileExistsError(f"{path} exists and is not a folder of one saved concept alone: name a new folder")
 
 
-def _index(file: Path) -> list[str]:
-    """The files that ``file`` was saved with, itself among them; none where it does not say."""
+def _listed(file: Path) -> Iterable[str]:
+    """The names of the files that ``file`` was saved with, and a name that is none where it does not say."""
     try:
         _, text = _contents(file)
-        names = json.loads(text.get("customdiff_files", "[]"))
-    except ValueError:
-        return []
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+        return list(json.loads(text["customdiff"])["files"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return [""]

@@ -57,17 +57,16 @@ def _row(word: str, value: Any) -> Tensor:
     return value
 
 
-def write(modifier_tokens: Mapping[str, Tensor | tuple[Tensor, ...]], folder: Path, *, webui: bool) -> None:
-    """One safetensors file a word, under the word's name. Raises ValueError for words that cannot be one."""
-    for word, rows in modifier_tokens.items():
-        rows = (rows,) if isinstance(rows, Tensor) else rows
-        if len(rows) > len(_ENCODERS):
-            raise ValueError(f"modifier token {word!r} has {len(rows)} embeddings; its file holds one or two")
-        if len(rows) == 2:
-            named = dict(zip(_ENCODERS, (row[None] for row in rows), strict=True))
-        else:
-            named = {"emb_params": rows[0][None]} if webui else {word: rows[0]}
-        _safetensors.write(folder / file_name(word), named, {"format": "pt"})
+def write(word: str, rows: Tensor | tuple[Tensor, ...], file: Path, *, webui: bool) -> None:
+    """Raises ValueError for a word of more than two text encoders."""
+    rows = (rows,) if isinstance(rows, Tensor) else rows
+    if len(rows) > len(_ENCODERS):
+        raise ValueError(f"modifier token {word!r} has {len(rows)} embeddings; its file holds one or two")
+    if len(rows) == 2:
+        named = dict(zip(_ENCODERS, (row[None] for row in rows), strict=True))
+    else:
+        named = {"emb_params": rows[0][None]} if webui else {word: rows[0]}
+    _safetensors.write(file, named, {"format": "pt"})
 
 
 def file_name(word: str) -> str:
