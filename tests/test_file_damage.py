@@ -342,10 +342,11 @@ deltas = [ck.load_delta(f"{folder}/{i}") for i in range(2)]
 print("ready", flush=True)
 for _ in sys.stdin:
     if (saver := os.fork()) == 0:
+        ck.save_delta(deltas[1], path, format=format)
+        print(os.getpid(), flush=True)
         while True:
             for delta in deltas:
                 ck.save_delta(delta, path, format=format)
-    print(saver, flush=True)
     os.waitpid(saver, 0)
     print("dead", flush=True)
 """
@@ -368,13 +369,16 @@ def test_a_killed_save_leaves_the_old_or_the_new_one(format, kills, tmp_path):
     target.mkdir()
     path, seen, leftovers = target / "concept", set(), 0
     ck.save_delta(wanted[0], path, format=format)
+    start = time.monotonic()
+    ck.save_delta(wanted[0], path, format=format)
+    once = time.monotonic() - start
     command = [sys.executable, "-c", NURSERY, str(path), format, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nursery:
         assert nursery.stdout.readline() == "ready\n"
         for _ in range(kills):
             print(file=nursery.stdin, flush=True)
             saver = int(nursery.stdout.readline())
-            time.sleep(generator.uniform(0, 0.08))
+            time.sleep(generator.uniform(0, 4 * once))
             os.kill(saver, signal.SIGKILL)
             assert nursery.stdout.readline() == "dead\n"
             found = ck.load_delta(path)

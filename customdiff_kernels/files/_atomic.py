@@ -1,39 +1,40 @@
 """Files and folders that appear at their path whole, or not at all.
 
-What is written lies beside the path as ``.<name>.customdiff-tmp`` until it is whole and on the disk. The name
-is always the same, so what a killed process leaves is overwritten by the next save; a lock, which dies with
-its process, keeps two savers of one path apart.
+What is written lies beside the path as ``.<name>.<host>.<process>.<random>.customdiff-tmp`` until it is whole
+and on the disk. Names of their own keep two savers of one path apart without locks, which not every file
+system has; what a killed process left is known by its number and goes with the next save of that path.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
+import errno
 import os
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_SUFFIX = ".customdiff-tmp"
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which replaces ``path`` when the block ends well and vanishes when it does not."""
     temporary = _beside(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(_locked(temporary, flags), "wb") as file:
-        try:
-            file.truncate(0)
+    try:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync(path.absolute().parent)
 
 
@@ -41,52 +42,49 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty folder to fill, which replaces the folder ``path`` when the block ends well."""
     temporary = _beside(path)
-    lock = _locked(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    temporary.mkdir()
     try:
-        for entry in list(temporary.iterdir()):
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         yield temporary
         for folder in (temporary, *(entry for entry in temporary.rglob("*") if entry.is_dir())):
             _sync(folder)
-        if path.exists():
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
             _exchange(temporary, path)  # afterwards the old folder bears the temporary name
             shutil.rmtree(temporary)
-        else:
-            os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    finally:
-        os.close(lock)
     _sync(path.absolute().parent)
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.customdiff-tmp")
+    """A name for what will be ``path``, after what killed processes left of it is gone."""
+    start = f".{path.name.encode()[:100].decode(errors='ignore')}.{socket.gethostname()[:60]}."
+    if path.absolute().parent.is_dir():
+        for name in os.listdir(path.absolute().parent):
+            process = name.removeprefix(start).partition(".")[0]
+            if (
+                name.startswith(start)
+                and name.endswith(_SUFFIX)
+                and process.isdecimal()
+                and _is_dead(int(process))
+            ):
+                left = path.with_name(name)
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f"{start}{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}")
 
 
-def _locked(temporary: Path, flags: int) -> int:
-    """A descriptor of ``temporary``, made if need be, that this process alone holds locked."""
-    while True:
-        if flags & os.O_DIRECTORY:
-            temporary.mkdir(exist_ok=True)
-        descriptor = os.open(temporary, flags, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # another saver may have renamed it to its path while this one waited for the lock
-            if _is_at(descriptor, temporary):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_dead(process: int) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OverflowError, PermissionError):
         return False
+    return False
 
 
 def _exchange(first: Path, second: Path) -> None:
