@@ -352,7 +352,7 @@ for _ in sys.stdin:
 """
 
 
-@pytest.mark.parametrize(("format", "kills"), [("customdiff", 40), ("delta.bin", 20), ("lora", 40)])
+@pytest.mark.parametrize(("format", "kills"), [("customdiff", 20), ("delta.bin", 20), ("lora", 20)])
 def test_a_killed_save_leaves_the_old_or_the_new_one(format, kills, tmp_path):
     """SIGKILL at random moments of a loop of saves: what lies at the path is always whole."""
     generator = random.Random(0)

@@ -163,6 +163,8 @@ def test_compvis_as_published(held, tmp_path):
     found = ck.load_delta(path)
     assert found.format == "compvis" and same(found.weights, held.weights)
     assert same(found.modifier_tokens, held.tokens)
+    torch.save({"state_dict": state | {"embed": torch.cat([*held.tokens.values()])}}, path)
+    assert same(ck.load_delta(path).modifier_tokens, held.tokens)  # as "diffuser-to-compvis" writes it
     # a whole model with two words more than CLIP has, as it is trained, in both containers
     table = torch.zeros(49408 + 2, E)
     table[49408:] = torch.stack([*held.tokens.values()])

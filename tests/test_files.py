@@ -336,6 +336,10 @@ def header(entries: dict, data: bytes = b"") -> bytes:
         (b"", "header too small"),
         (b"PK\x03\x04" + bytes(100), "not a whole archive of torch.save"),
         (b"\x80\x02}q\x00.", "a pickle of PyTorch before 1.6"),
+        (
+            (0x010280).to_bytes(8, "little") + b"{}".ljust(0x010280),
+            "none of the layouts",
+        ),  # begins as a pickle
         ((10**15).to_bytes(8, "little") + b"{}", "header too large"),
         ((2).to_bytes(8, "little") + b"{]", "header"),
         ((200_000).to_bytes(8, "little") + b"[" * 200_000, "header"),

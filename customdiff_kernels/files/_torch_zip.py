@@ -31,7 +31,8 @@ def is_zip(start: bytes) -> bool:
 
 def is_legacy(start: bytes) -> bool:
     """Whether a file begins as ``torch.save`` wrote before PyTorch 1.6, or as any other bare pickle."""
-    return start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[2:8] != bytes(6)
+    # safetensors may begin alike, with the length of its header, and then has a brace
+    return start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and start[8:] != b"{"
 
 
 def write(file: IO[bytes], tree: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ def _file(path: Path, kv_only: bool) -> tuple[LoadedDelta, dict[str, str] | None
             )
         found = _checked(found)
         return found, own.parse_note(text["customdiff"], found) if "customdiff" in text else None
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         said = "".join(c if c.isprintable() else "?" for c in str(error))  # a stranger's names are among it
         said = said if len(said) <= 500 else said[:500] + " …"
         raise DeltaFileError(f"{path} is not a delta that can be read: {said}") from error

@@ -53,7 +53,7 @@ def parse(tree: Mapping[str, Any], text: Mapping[str, str]) -> LoadedDelta | Non
         u, v = found["u"], found["v"]
         scale = common
         if "alpha" in found:
-            if found["alpha"].numel() != 1 or not v.numel():
+            if found["alpha"].numel() != 1 or v.dim() != 2 or not v.numel():
                 raise ValueError(f"its alpha of {name} must be one number for a rank above 0")
             scale = float(found["alpha"]) / v.shape[0]
         factors[name] = (u if scale == 1 else u * scale, v)

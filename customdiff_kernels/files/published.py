@@ -33,12 +33,10 @@ def parse_delta_bin(tree: Mapping[str, Any]) -> LoadedDelta | None:
     """None where ``tree`` is no ``delta.bin``."""
     if not isinstance(unet := tree.get("unet"), Mapping):
         return None
-    left_out = [f"unet {name}" for name in unet if not (isinstance(name, str) and names.is_key_value(name))]
-    left_out += [str(name) for name in tree if str(name).startswith("text_encoder")]
-    found = _loaded(
-        {name: value for name, value in unet.items() if f"unet {name}" not in left_out}, "delta.bin"
-    )
-    found.left_out = tuple(left_out)
+    ours = {name: value for name, value in unet.items() if names.is_key_value(str(name))}
+    found = _loaded(ours, "delta.bin")
+    text_encoders = [str(name) for name in tree if str(name).startswith("text_encoder")]
+    found.left_out = (*(f"unet {name}" for name in unet if name not in ours), *text_encoders)
     words = tree.get("modifier_token", {})
     if not isinstance(words, Mapping):
         raise TypeError(f"its modifier_token must map words to embeddings, got {type(words).__name__}")
@@ -58,7 +56,14 @@ def parse_compvis(tree: Mapping[str, Any]) -> LoadedDelta | None:
         return None
     found = _loaded(matrices, "compvis")
     if "embed" in state:
-        rows: list[Any] = _embeddings("embed", state["embed"], 0)
+        embed = state["embed"]
+        if (
+            isinstance(embed, Tensor) and embed.dim() == 1 and matrices
+        ):  # published conversions string them up
+            first = next(iter(matrices.values()))
+            width = (first["v"] if isinstance(first, Mapping) else first).shape[1]
+            embed = embed.reshape(-1, width)
+        rows: list[Any] = _embeddings("embed", embed, 0)
         whole = False
     else:
         tables = [_embeddings(name, state[name], VOCABULARY) for name in _TOKEN_EMBEDDINGS if name in state]

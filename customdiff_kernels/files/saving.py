@@ -65,12 +65,12 @@ def save_delta(
             "checkpoint must be the base model's file for format='webui', and is for no other format"
         )
     loaded = _checked(delta, modifier_tokens, metadata)
-    state = {} if checkpoint is None else _checkpoint(Path(checkpoint))
+    state: dict[str, Tensor] = {}
     if checkpoint is not None:
         whole = load_delta(checkpoint, kv_only=True)
         if whole.modifier_tokens:
             raise ValueError(f"checkpoint {checkpoint} has modifier tokens of its own: give the base model's")
-        base = KVStack.from_mapping(whole.weights)
+        base, state = KVStack.from_mapping(whole.weights), _checkpoint(Path(checkpoint))
     loaded = _converted(loaded, format, base)
     if format == "customdiff":
         own.write(loaded, path)
