@@ -23,7 +23,7 @@ import torch
 from file_samples import every_format, sample
 
 import customdiff_kernels as ck
-from customdiff_kernels.files import _safetensors
+from customdiff_kernels import _safetensors
 
 CASES_A_FORMAT = 160
 HALF = {torch.float32: torch.int32, torch.int64: torch.int32, torch.float16: torch.int8}

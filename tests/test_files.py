@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from customdiff_kernels import _safetensors
 from customdiff_kernels.files import (
     BaseMismatchError,
     DeltaFileError,
     LoadedDelta,
-    _safetensors,
     apply_delta,
     load_delta,
     own,

@@ -152,7 +152,7 @@ def test_version_is_the_distribution_s():
             },
         ),
         (("diffusers",), {"diffusers.py"}),
-        (("safetensors",), {"files/_safetensors.py"}),
+        (("safetensors",), {"_safetensors.py"}),
         (("customdiff", "tinysd", "transformers", "PIL"), set()),
     ],
     ids=lambda x: "+".join(x) if isinstance(x, tuple) else "",

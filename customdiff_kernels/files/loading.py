@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _safetensors
 from ..low_rank import LowRankDelta
 from ..stack import check_matrices
-from . import _safetensors, _torch_zip, lora, own, processors, published, tokens
+from . import _torch_zip, lora, own, processors, published, tokens
 from .loaded import DeltaFileError, LoadedDelta
 
 

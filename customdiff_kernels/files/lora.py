@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _safetensors
 from ..low_rank import LowRankDelta
-from . import _safetensors, names
+from . import names
 from .loaded import LoadedDelta, from_pairs
 
 FILE = "pytorch_lora_weights.safetensors"

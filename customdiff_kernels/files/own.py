@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _safetensors
 from ..low_rank import LowRankDelta
 from ..stack import Segment, check_matrices, tile
-from . import _safetensors
 from .loaded import LoadedDelta
 
 FORMAT, FORMAT_VERSION = "customdiff", 1

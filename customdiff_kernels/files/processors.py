@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _safetensors, names
+from .. import _safetensors
+from . import names
 from .loaded import LoadedDelta
 
 FILE = "pytorch_custom_diffusion_weights.safetensors"

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _atomic, _safetensors
 from ..low_rank import LowRankDelta
-from . import _atomic, _safetensors, _torch_zip, names
+from . import _torch_zip, names
 from .loaded import LoadedDelta, from_pairs
 
 VOCABULARY = 49408  # CLIP's, in SD 1.x, 2.x and both of SDXL's encoders

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _atomic, _checks
 from ..low_rank import LowRankDelta
 from ..stack import KVStack, check_matrices
-from . import _atomic, lora, names, own, processors, published, tokens
+from . import lora, names, own, processors, published, tokens
 from .loaded import BaseMismatchError, LoadedDelta, check_base
 from .loading import _contents, load_delta
 

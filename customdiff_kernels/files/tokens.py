@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _safetensors
+from .. import _safetensors
 from .loaded import LoadedDelta
 
 _ENCODERS = ("clip_l", "clip_g")  # SDXL's first and second
