@@ -27,7 +27,7 @@ from .files import (
 )
 from .kv_projection import kv_cross_attention, kv_project
 from .layout import LayoutBias
-from .low_rank import Applied, LowRankDelta, applied, compress, reconstruct
+from .low_rank import AppliedDelta, LowRankDelta, applied, compress, reconstruct
 from .merge import (
     ConflictingConstraintsError,
     MergeFactorFileError,
@@ -42,7 +42,7 @@ __version__ = "0.1.0"
 _LAZY = dict.fromkeys(("patch_unet", "patched", "unpatch_unet"), ".diffusers")  # diffusers is optional
 
 __all__ = [
-    "Applied",
+    "AppliedDelta",
     "BaseMismatchError",
     "ConflictingConstraintsError",
     "DeltaFileError",

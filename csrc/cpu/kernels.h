@@ -33,12 +33,13 @@ struct MomentsTask {
 };
 
 // Rows of numbers of the type that a kernel computes in, `row` of them apart: double for a float64 result,
-// else float. Rows end in zeros up to a multiple of kPadding, whole vectors of every instruction set.
+// else float. Rows end in zeros up to a multiple of kPadding, whole vectors of every instruction set; those
+// of a transposed matrix up to one of kHalfPadding, as many columns as a product may have.
 struct Packed {
   const void* data;
   int64_t row;
 };
-constexpr int64_t kPadding = 16;
+constexpr int64_t kPadding = 16, kHalfPadding = 8;
 
 // Rows of out = base + Σ scale · u · v that the terms of one span change. v[i] is that of sum.terms[i].
 // `stream`: write past the caches; for rows of the type computed in, that begin at whole cache lines.

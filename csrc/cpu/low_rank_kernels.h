@@ -141,29 +141,41 @@ void transposed_matrix(const Tensor& matrix, void* target, int64_t padded) {
 constexpr int64_t kBlockRows = 64;
 
 template <class T>
+struct LowRankBuffers {
+  T *block, *u;  // rows of base or of the result that are converted, and of every term's u
+  Factor<T>* factors;
+
+  size_t place(int64_t padded, int64_t rank, int64_t terms, void* base) {
+    Arena arena{static_cast<char*>(base)};
+    block = arena.take<T>(kBlockRows * padded);
+    u = arena.take<T>(kBlockRows * rank);
+    factors = arena.take<Factor<T>>(terms);
+    return arena.used;
+  }
+};
+
+template <class T>
 void low_rank_rows(const LowRankTask& task) {
   const LowRankSum& sum = task.sum;
   const int64_t padded = round_up(sum.width(), kPadding), count = task.span.terms.size();
   int64_t rank = 0;  // of all terms together
   for (int term : task.span.terms) rank += sum.terms[term].u.size[3];
-  char* room = static_cast<char*>(
-      thread_scratch(Scratch::kTask, kBlockRows * (padded + rank) * sizeof(T) + count * sizeof(Factor<T>)));
-  T* block = reinterpret_cast<T*>(room);
-  T* u = block + kBlockRows * padded;
-  Factor<T>* factors = reinterpret_cast<Factor<T>*>(u + kBlockRows * rank);
+  LowRankBuffers<T> m;
+  m.place(padded, rank, count, thread_scratch(Scratch::kTask, m.place(padded, rank, count, nullptr)));
 
   for (int64_t row = task.rows.begin; row < task.rows.end; row += kBlockRows) {
     const int64_t n = task.rows.end - row < kBlockRows ? task.rows.end - row : kBlockRows;
-    T* next = u;
+    T* next = m.u;
     for (int64_t f = 0; f < count; ++f) {
       const LowRankSum::Term& term = sum.terms[task.span.terms[f]];
       const Packed& v = task.v[task.span.terms[f]];
       const int64_t r = term.u.size[3];
       load_rows(next, r, term.u, 0, 0, row - term.start, n, T(term.scale));
-      factors[f] = {next, r, static_cast<const T*>(v.data), v.row, r};
+      m.factors[f] = {next, r, static_cast<const T*>(v.data), v.row, r};
       next += n * r;
     }
-    FactorSum<T> s = {padded_rows(sum.base, row, n, block, padded), factors, count, block, padded, padded};
+    FactorSum<T> s = {
+        padded_rows(sum.base, row, n, m.block, padded), m.factors, count, m.block, padded, padded};
     const bool in_place = lies_ready<T>(sum.out);
     if (in_place) {
       s.out = static_cast<T*>(sum.out.at(0, 0, row));
@@ -171,7 +183,7 @@ void low_rank_rows(const LowRankTask& task) {
       s.stream = task.stream;
     }
     add_factors(s, n);
-    if (!in_place) store_rows(block, padded, sum.out, 0, 0, row, n, T(1));
+    if (!in_place) store_rows(m.block, padded, sum.out, 0, 0, row, n, T(1));
   }
   if (task.stream) finish_stream();
 }

@@ -13,6 +13,21 @@ namespace {
 
 constexpr int64_t kMergeRows = 32;
 
+template <class T>
+struct MergeBuffers {
+  T *block, *change, *residual;  // rows of base or of the result that are converted, of D, and of r
+  Factor<T>* factors;
+
+  size_t place(int64_t padded, int64_t residuals, int64_t concepts, void* base) {
+    Arena arena{static_cast<char*>(base)};
+    block = arena.take<T>(kMergeRows * padded);
+    change = arena.take<T>(kMergeRows * padded);
+    residual = arena.take<T>(kMergeRows * residuals);
+    factors = arena.take<Factor<T>>(concepts);
+    return arena.used;
+  }
+};
+
 // change = rows - base; `rows` may be `change`.
 template <class T>
 void subtract(const Rows<T>& rows, const Rows<T>& base, T* change, int64_t n, int64_t columns) {
@@ -30,37 +45,34 @@ void merge_rows(const MergeTask& task, bool apply) {
   const int64_t padded = round_up(merge.width(), kPadding), count = merge.weights.size();
   int64_t wide = 0;  // residuals of a row, each concept's padded
   for (int64_t n = 0; n < count; ++n) wide += task.targets[n].row;
-  char* room = static_cast<char*>(thread_scratch(
-      Scratch::kTask, kMergeRows * (2 * padded + wide) * sizeof(T) + count * sizeof(Factor<T>)));
-  T* block = reinterpret_cast<T*>(room);
-  T* change = block + kMergeRows * padded;
-  T* residual = change + kMergeRows * padded;
-  Factor<T>* factors = reinterpret_cast<Factor<T>*>(residual + kMergeRows * wide);
+  MergeBuffers<T> m;
+  m.place(padded, wide, count, thread_scratch(Scratch::kTask, m.place(padded, wide, count, nullptr)));
 
   for (int64_t row = task.rows.begin; row < task.rows.end; row += kMergeRows) {
     const int64_t rows = task.rows.end - row < kMergeRows ? task.rows.end - row : kMergeRows;
-    const Rows<T> base = padded_rows(merge.base, row, rows, block, padded);
+    const Rows<T> base = padded_rows(merge.base, row, rows, m.block, padded);
     int64_t done = 0, column = 0;
     for (int64_t n = 0; n < count; ++n) {
       const Packed& target = task.targets[n];
       const int64_t constraints = merge.targets[n].size[2];
-      subtract(padded_rows(merge.weights[n], row, rows, change, padded), base, change, rows, padded);
-      gemm<T>({change, padded, 1, static_cast<const T*>(target.data), target.row, residual + column, wide,
+      subtract(padded_rows(merge.weights[n], row, rows, m.change, padded), base, m.change, rows, padded);
+      gemm<T>({m.change, padded, 1, static_cast<const T*>(target.data), target.row, m.residual + column, wide,
                rows, target.row, merge.width(), false});
       if (apply) {
-        factors[n] = {residual + column, wide, static_cast<const T*>(task.basis.data) + done * task.basis.row,
-                      task.basis.row, constraints};
+        m.factors[n] = {m.residual + column, wide,
+                        static_cast<const T*>(task.basis.data) + done * task.basis.row, task.basis.row,
+                        constraints};
       } else {
         Tensor part = merge.out;
         part.data = merge.out.at(0, 0, 0, done);
         part.size[3] = constraints;
-        store_rows(residual + column, wide, part, 0, 0, row, rows, T(1));
+        store_rows(m.residual + column, wide, part, 0, 0, row, rows, T(1));
       }
       done += constraints;
       column += target.row;
     }
     if (!apply) continue;
-    FactorSum<T> s = {base, factors, count, block, padded, padded};
+    FactorSum<T> s = {base, m.factors, count, m.block, padded, padded};
     const bool in_place = lies_ready<T>(merge.out);
     if (in_place) {
       s.out = static_cast<T*>(merge.out.at(0, 0, row));
@@ -68,7 +80,7 @@ void merge_rows(const MergeTask& task, bool apply) {
       s.stream = task.stream;
     }
     add_factors(s, rows);
-    if (!in_place) store_rows(block, padded, merge.out, 0, 0, row, rows, T(1));
+    if (!in_place) store_rows(m.block, padded, merge.out, 0, 0, row, rows, T(1));
   }
   if (task.stream) finish_stream();
 }

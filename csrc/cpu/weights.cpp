@@ -25,7 +25,8 @@ void PackedMatrices::add(const Tensor& matrix, bool transposed) {
       !transposed && matrix.dtype == own && matrix.stride[3] == 1 && matrix.size[3] % kPadding == 0;
   if (ready) return results_.push_back({matrix.data, matrix.stride[2]});
   const int64_t rows = matrix.size[transposed ? 3 : 2];
-  const int64_t padded = round_up(matrix.size[transposed ? 2 : 3], kPadding);
+  const int64_t padded =
+      transposed ? round_up(matrix.size[2], kHalfPadding) : round_up(matrix.size[3], kPadding);
   items_.push_back({matrix, transposed, bytes_});
   owners_.push_back(static_cast<int>(results_.size()));
   results_.push_back({nullptr, padded});

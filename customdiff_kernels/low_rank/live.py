@@ -13,10 +13,10 @@ from ..stack import KVStack, key_value_parameters
 from .api import Delta, as_deltas, reconstruct
 from .delta import LowRankDelta
 
-_on: WeakKeyDictionary[nn.Module, list[Applied]] = WeakKeyDictionary()  # on each UNet, the latest last
+_on: WeakKeyDictionary[nn.Module, list[AppliedDelta]] = WeakKeyDictionary()  # on each UNet, the latest last
 
 
-class Applied:
+class AppliedDelta:
     """Changes that are on a UNet until ``remove()`` or the end of a ``with`` block; ``applied`` makes it.
 
     names: the weights that are changed.
@@ -44,7 +44,7 @@ class Applied:
         _write(unet, self._originals)
         found.pop()
 
-    def __enter__(self) -> Applied:
+    def __enter__(self) -> AppliedDelta:
         return self
 
     def __exit__(
@@ -57,7 +57,7 @@ def applied(
     unet: nn.Module,
     deltas: Delta | Iterable[Delta],
     scales: float | Sequence[float] | Tensor | None = None,
-) -> Applied:
+) -> AppliedDelta:
     """Add changes to the keys and values of a live UNet, to be taken off again without a trace.
 
     Either ``with ck.applied(unet, [cat, style], [1.0, 0.6]):`` or ``on = ck.applied(unet, cat)`` and later
@@ -86,7 +86,7 @@ def applied(
     with torch.no_grad():
         weights = reconstruct(originals, [_only(delta, changed) for delta in deltas], scales)
     _write(unet, weights)
-    on = Applied(unet, originals)
+    on = AppliedDelta(unet, originals)
     _on.setdefault(unet, []).append(on)
     return on
 
