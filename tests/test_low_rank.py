@@ -145,7 +145,7 @@ def test_the_number_of_threads_changes_nothing(dtype):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_a_large_result_is_written_whole(monkeypatch):
+def test_a_large_result_is_written_whole():
     """Beyond the caches results go past them, in memory of huge pages; and over what is read they do not."""
     rows, width = 9000, 512
     weight, u, v = torch.randn(rows, width), torch.randn(rows, 2), torch.randn(2, width)

@@ -14,7 +14,7 @@ class PackedMatrices {
  public:
   explicit PackedMatrices(DType result) : wide_(result == DType::kFloat64) {}
 
-  // As rows, or transposed; `matrix` is kept until pack. Returns the position of its result.
+  // As rows, or transposed. Results come in the order of the calls.
   void add(const Tensor& matrix, bool transposed = false);
 
   const Packed* pack(const Kernels& isa, int threads);
