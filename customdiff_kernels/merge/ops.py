@@ -15,8 +15,6 @@ from torch import Tensor
 from .. import _backends, _checks
 from .._library import register
 
-BLOCK_ROWS = 512  # of one term of a low-rank concept's change
-
 
 def _check_basis(factor: Tensor, targets: Tensor) -> None:
     _checks.floating("factor", factor, torch.float64)
