@@ -1,4 +1,4 @@
-"""Every attention operator on small shapes, forward and backward, with each kind of bias.
+"""Every operator with kernels on small shapes, forward and backward; attention with each kind of bias.
 
 What compute-sanitizer watches (``benchmarks/gpu.sh sanitize``). Exit status 1 where a result is not the
 reference's.
@@ -58,6 +58,11 @@ def cases(shape: tuple, dtype: torch.dtype, strided: bool) -> Iterator[tuple[str
         return ck.cross_attention(query.to(key), key, value)
 
     yield "cross_attention, dK and dV alone", frozen_query, [key, value]
+    yield (
+        "reconstruct",
+        low_rank_sum,
+        [x.to(dtype) for x in (torch.randn(n + 3, s), torch.randn(n, d), torch.randn(d, s))],
+    )
     if strided:
         return
     hidden, context = torch.randn(b, n, 48), torch.randn(b, s, 32)
@@ -75,6 +80,11 @@ def attention(query, key, value, *bias):
     """``bias``: nothing, a dense one, or a layout's labels and table."""
     layout = ck.LayoutBias(*bias) if len(bias) == 2 else None
     return ck.cross_attention(query, key, value, layout or (bias[0] if bias else None))
+
+
+def low_rank_sum(base, u, v):
+    """Some rows change once, one twice, some not at all."""
+    return torch.ops.customdiff.reconstruct(base, [u, u[:1]], [v, v], [1, 1], [0.5, -1.0])
 
 
 def heads(b: int, h: int, n: int, d: int, dtype: torch.dtype, strided: bool) -> torch.Tensor:

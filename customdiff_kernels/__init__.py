@@ -28,14 +28,22 @@ from .files import (
 from .kv_projection import kv_cross_attention, kv_project
 from .layout import LayoutBias
 from .low_rank import (
+    AppliedDelta,
     CompressedSegment,
     CompressionReport,
     LowRankDelta,
+    applied,
     compress,
     reconstruct,
     singular_values,
 )
-from .merge import ConflictingConstraintsError, MergeReport, MergeSolver, SingularRegularizationError
+from .merge import (
+    ConflictingConstraintsError,
+    MergeFactorFileError,
+    MergeReport,
+    MergeSolver,
+    SingularRegularizationError,
+)
 from .stack import KVStack, Segment
 
 __version__ = "0.1.0"
@@ -43,6 +51,7 @@ __version__ = "0.1.0"
 _LAZY = dict.fromkeys(("patch_unet", "patched", "unpatch_unet"), ".diffusers")  # diffusers is optional
 
 __all__ = [
+    "AppliedDelta",
     "BaseMismatchError",
     "CompressedSegment",
     "CompressionReport",
@@ -52,10 +61,12 @@ __all__ = [
     "LayoutBias",
     "LoadedDelta",
     "LowRankDelta",
+    "MergeFactorFileError",
     "MergeReport",
     "MergeSolver",
     "Segment",
     "SingularRegularizationError",
+    "applied",
     "apply_delta",
     "build_info",
     "compress",

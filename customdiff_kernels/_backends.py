@@ -1,4 +1,4 @@
-"""The one place that decides which backend runs an attention, and says why.
+"""The one place that decides which backend runs an operation, and says why.
 
 | backend | module | runs |
 |---|---|---|
@@ -7,8 +7,9 @@
 | ``triton`` | ``cross_attention/triton.py`` | other CUDA tensors; CPU ones under ``TRITON_INTERPRET=1`` |
 | ``reference`` | ``cross_attention/reference.py`` | anything, when forced |
 
-``CK_BACKEND=reference|cpu|cuda|triton`` forces one. What is forced and cannot run is an error that names the
-remedy.
+The operations on weights (``low_rank/``, ``merge/``) have modules of the same names; devices without one run
+plain PyTorch there. ``CK_BACKEND=reference|cpu|cuda|triton`` forces one. What is forced and cannot run is an
+error that names the remedy.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from . import _checks
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 CONTIGUOUS_ROWS = frozenset({"cuda", "triton"})  # they read the head dimension with stride 1, others any
+OF_WEIGHTS = {"low_rank": ("cpu", "cuda", "triton"), "merge": ("cpu",)}  # who has kernels of their own
 NO_FLOAT64 = "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
 BUILD = "pip install --no-build-isolation -e . in the source folder (or pip install . for a copy)"
 
@@ -37,8 +39,9 @@ class Choice(NamedTuple):
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for tensors of this device and dtype, and why. RuntimeError where none can run."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return _choose(device, dtype, os.environ.get("CK_BACKEND"), interpreted)
+    forced = os.environ.get("CK_BACKEND")
+    interpreted = forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return _choose(device, dtype, forced, interpreted)
 
 
 @cache
@@ -114,9 +117,27 @@ def has_triton() -> bool:
 
 
 @cache
-def load(name: str) -> ModuleType:
-    """The module of a backend: ``attention_forward``, ``attention_backward`` and ``score_moments``."""
-    return importlib.import_module(f"{__package__}.cross_attention.{name}")
+def load(name: str, op: str = "cross_attention") -> ModuleType:
+    """The module of a backend: for attention ``attention_forward``, ``attention_backward`` and
+    ``score_moments``.
+    """
+    return importlib.import_module(f"{__package__}.{op}.{name}")
+
+
+def for_weights(op: str, **tensors: torch.Tensor) -> ModuleType:
+    """The module of ``low_rank`` or ``merge`` that runs tensors like the first.
+
+    What a device has no kernels for runs in plain PyTorch, unless a backend is forced that cannot run.
+    """
+    first = next(iter(tensors.values()))
+    forced, narrow = os.environ.get("CK_BACKEND"), first.dtype is not torch.float64
+    own = forced or first.device.type == "cpu" or (first.is_cuda and narrow)
+    name = choose(first.device, first.dtype).name if own else "reference"
+    name = name if name in OF_WEIGHTS[op] else "reference"
+    if name in CONTIGUOUS_ROWS:
+        for argument, tensor in tensors.items():
+            _checks.contiguous_rows(argument, tensor)
+    return load(name, op)
 
 
 def for_tensors(**tensors: torch.Tensor) -> ModuleType:

@@ -21,8 +21,8 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     cast: Sequence[int] = (),
-) -> torch._ops.OpOverload:
-    """Define ``customdiff::<schema>`` and return the operator.
+) -> Callable[..., Any]:
+    """Define ``customdiff::<schema>`` and return what calls it.
 
     ``setup_context``, ``backward``: as in ``torch.library.register_autograd``. ``cast``: positions of the
     arguments that a surrounding ``torch.autocast`` casts to its own dtype. Whatever they are, the
@@ -31,13 +31,16 @@ def register(
     require a gradient.
     """
     name = schema.split("(", 1)[0]
+    differentiable = backward is not None
     backward = _without_autocast(backward or _refuse(name))
     LIBRARY.define(schema)
     LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"customdiff::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.customdiff, name).default
     writes = "(a!)" in schema
-    if "Tensor[]" in schema and not writes:  # lists of tensors need torch's wrapper of autograd.Function
+    if (
+        "Tensor[]" in schema.split("->")[0] and not writes
+    ):  # lists of tensors need torch's wrapper of autograd.Function
         torch.library.register_autograd(
             f"customdiff::{name}", backward, setup_context=setup_context, lib=LIBRARY
         )
@@ -45,7 +48,19 @@ def register(
         LIBRARY.impl(name, _autograd(op, setup_context, backward), "Autograd")
     for device in ("cpu", "cuda"):
         LIBRARY.impl(name, _autocast(op, device, frozenset(cast)), f"Autocast{device.upper()}")
-    return op
+    return op if differentiable else _past_autograd(op)
+
+
+def _past_autograd(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """``op`` as a backward pass calls it, where nothing records gradients: one way through Python less."""
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
 
 
 def _autograd(
@@ -61,7 +76,7 @@ def _autograd(
                 output = op(*args)
             if setup_context is not None:
                 setup_context(ctx, args, output)
-            return output
+            return tuple(output) if isinstance(output, list) else output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -70,8 +85,10 @@ def _autograd(
     Node.__name__ = Node.__qualname__ = "".join(part.title() for part in op._opname.split("_"))
 
     def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            return Node.apply(*args)
+        if torch.is_grad_enabled():
+            for a in args:
+                if isinstance(a, torch.Tensor) and a.requires_grad:
+                    return Node.apply(*args)
         with below_autograd():
             return op(*args)
 

@@ -6,6 +6,7 @@ that would make a kernel touch foreign memory are refused by ``_C`` itself.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ def describe(module: Any, tensor: Tensor | None) -> Any:
     return tensor.data_ptr(), _dtypes(module)[tensor.dtype], tensor.shape, tensor.stride()
 
 
+def describe_matrix(module: Any, tensor: Tensor) -> Any:
+    """A tensor of two dimensions, as one of four."""
+    dtype = _dtypes(module)[tensor.dtype]
+    return tensor.data_ptr(), dtype, (1, 1, *tensor.shape), (0, 0, *tensor.stride())
+
+
 @cache
 def _dtypes(module: Any) -> dict[torch.dtype, Any]:
     return {dtype: getattr(module.DType, name) for dtype, name in _DTYPES.items()}
@@ -121,6 +128,41 @@ def attention(
         describe(module, None if labels is None else labels[:, None, :, None]),
         describe(module, _per_region(table)),
         scale,
+    )
+
+
+def low_rank_sum(
+    module: Any,
+    out: Tensor,
+    base: Tensor,
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    starts: Sequence[int],
+    scales: Sequence[float],
+) -> Any:
+    """One low-rank sum, as every backend's functions take it."""
+    terms = [
+        (describe_matrix(module, left), describe_matrix(module, right), start, scale)
+        for left, right, start, scale in zip(u, v, starts, scales, strict=True)
+    ]
+    return module.LowRankSum(describe_matrix(module, base), terms, describe_matrix(module, out))
+
+
+def merge(
+    module: Any,
+    out: Tensor,
+    base: Tensor,
+    weights: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    basis: Tensor | None,
+) -> Any:
+    """One merge, as every backend's functions take it; without a basis of its residuals alone."""
+    return module.Merge(
+        describe_matrix(module, base),
+        [describe_matrix(module, weight) for weight in weights],
+        [describe_matrix(module, target) for target in targets],
+        None if basis is None else describe_matrix(module, basis),
+        describe_matrix(module, out),
     )
 
 

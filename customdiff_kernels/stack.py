@@ -63,7 +63,7 @@ class KVStack(Mapping[str, Tensor]):
         Raises ValueError where there are none, where a layer lacks one of the two or has biases, and where
         layers differ in text width (then they cannot share one context).
         """
-        return cls.from_mapping({name: p.detach() for name, p in _parameters(unet).items()})
+        return cls.from_mapping({name: p.detach() for name, p in key_value_parameters(unet).items()})
 
     @classmethod
     def from_mapping(cls, weights: Mapping[str, Tensor]) -> KVStack:
@@ -82,7 +82,7 @@ class KVStack(Mapping[str, Tensor]):
         Everything is checked before anything is written. Raises ValueError where names or shapes do not
         agree.
         """
-        parameters = _parameters(unet)
+        parameters = key_value_parameters(unet)
         unknown, missing = (
             sorted(self._index.keys() - parameters.keys()),
             sorted(parameters.keys() - self._index.keys()),
@@ -249,7 +249,7 @@ def as_stack(argument: str, weights: Mapping[str, Tensor], like: KVStack | None 
     return stack
 
 
-def _parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+def key_value_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     """The key and value weights by name, in stack order."""
     if not isinstance(unet, nn.Module):
         raise TypeError(f"unet must be a torch.nn.Module, got {type(unet).__name__}")

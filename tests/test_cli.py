@@ -53,8 +53,9 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture
-def run(root, capsys):
+def run(root, capsys, monkeypatch):
     """Runs a command line in which {root} stands for the folder; returns (status, stdout, stderr)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
 
     def call(line, *more):
         status = cli.main(line.format(root=root).split() + list(more))
@@ -84,13 +85,13 @@ def fresh(code, *hidden):
 
 def test_help_needs_no_torch():
     code = """
-for command in ("", "train", "sample", "merge", "compress", "inspect"):
+for command in ("", "train", "sample", "merge", "compress", "convert", "inspect"):
     try:
         main([*command.split(), "--help"])
     except SystemExit as done:
         assert done.code == 0
 """
-    assert fresh(code, "torch").count("usage: customdiff") == 6
+    assert fresh(code, "torch").count("usage: customdiff") == 7
 
 
 def test_after_a_plain_install_a_command_names_the_extra_that_it_needs(root):
@@ -210,6 +211,39 @@ def test_merge_renames_a_shared_token_and_keeps_each_concepts_values(root, run, 
         wanted, got = features @ ck.reconstruct(stack, alone.delta).weight.T, features @ merged.T
         assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
         assert (features @ stack.weight.T - wanted).abs().max() > 1e-2 * wanted.abs().max()
+
+
+def test_merge_keeps_the_captions_part_and_reports_as_json(root, run, tmp_path, monkeypatch):
+    line = (
+        "merge {root}/a.safetensors {root}/b.safetensors --base {root}/base --captions {root}/captions.txt "
+        f"--json --quiet --overwrite --output {tmp_path}/both --cache {tmp_path}/cache"
+    )
+    status, out, err = run(line)
+    assert status == 0, err
+    report = json.loads(out)
+    assert report["renamed"] == [{"file": f"{root}/b.safetensors", "old": "<new1>", "new": "<new2>"}]
+    assert report["bytes"] == (tmp_path / "both").stat().st_size
+    assert max(report["residual"]["<new1>"]) < 1e-3 and report["concept_drift"].keys() == {"<new1>", "<new2>"}
+    (kept,) = (tmp_path / "cache").iterdir()
+    first = (tmp_path / "both").read_bytes()
+
+    from customdiff import regularization
+
+    with monkeypatch.context() as patch:  # the second merge encodes no caption
+        patch.setattr(regularization, "encode", None)
+        assert json.loads(run(line)[1]) == report
+    assert (tmp_path / "both").read_bytes() == first
+
+    kept.write_bytes(kept.read_bytes()[:-9])
+    status, out, err = run(line)
+    assert status == 0 and "it is made anew" in err and json.loads(out) == report
+    assert run(line.replace(f"--cache {tmp_path}/cache", "--no-cache"))[0] == 0
+    assert list((tmp_path / "cache").iterdir()) == [kept]
+    (root / "more.txt").write_text("\n".join([*CAPTIONS, "two dog"]))
+    assert run(line.replace("captions.txt", "more.txt"))[0] == 0
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    status, _, err = run(line.replace(f"{tmp_path}/cache", "{root}/captions.txt/x"))
+    assert status == 0 and "the factor of the captions is not kept" in err
 
 
 def test_merge_takes_prompts_with_both(root, run, tmp_path):

@@ -55,6 +55,7 @@ class Kernel(NamedTuple):
             "bias_gradient_kernel": lambda: 64 if size * rest[0] > 640 else 128,
             "gram_kernel": lambda: 2 * rest[0],
             "sum_kernel": lambda: 256,
+            "low_rank_kernel": lambda: 128,
         }[self.name]()
 
     @property
@@ -75,6 +76,9 @@ class Kernel(NamedTuple):
         if self.name in ("rows_kernel", "bias_gradient_kernel"):
             dim, keys = rest
             return 2 * (queries + keys) * row(dim)
+        if self.name == "low_rank_kernel":
+            (weight,) = rest
+            return (-(-64 * weight // 16) | 1) * 16 * 64 + 64 * row(32) + 32 * row(64)
         return 64 * row(rest[0]) if self.name == "gram_kernel" else 0
 
     @property
@@ -86,8 +90,8 @@ class Kernel(NamedTuple):
         return min(by_registers, SHARED[self.arch] // (self.shared + 1024), 2048 // self.threads)
 
     def _numbers(self) -> list[int]:
-        kind, *rest = self.arguments
-        return [SIZES[kind], *(int({"false": "0", "true": "1"}.get(x, x)) for x in rest)]
+        words = {"false": 0, "true": 1, **SIZES}
+        return [words[x] if x in words else int(x) for x in self.arguments]
 
 
 def tool() -> str:
@@ -147,7 +151,7 @@ part and no time was measured.
 
 - **kernel**: element type; then of the forward: head dimension, keys of a tile, whether one tile holds all
   keys, biased; of the backward: head dimension, columns of the results that a block owns, warps, stages, one
-  tile, biased.
+  tile, biased; of the low-rank sum: the weight's type.
 - **stack**: bytes a thread; 0 means that no register is spilled.
 - **products**: tensor-core instructions (HMMA).
 - **shared**: bytes a block; **resident**: blocks that a multiprocessor holds at once by registers, shared

@@ -258,13 +258,11 @@ def test_any_split_of_the_work_and_any_order(case, processors, compare, run, shi
         assert same(run(*call), right), seed
 
 
-@pytest.mark.parametrize("case", WALKS, ids=str)
-def test_every_barrier_and_wait_matters(case, shim, run, cuda_on_cpu, monkeypatch):
-    """Without any one of them the result is another, or an error, in some order of the threads."""
-    monkeypatch.setenv(PROCESSORS, "0")
-    call, names, useless = walk(*case), kernels(shim), []
+def useless(function, shim) -> list:
+    """Barriers and waits of the kernels that ``function`` launches that its results do not need."""
+    names, found = kernels(shim), []
 
-    def changes(function, right, *dropped) -> bool:
+    def changes(right, *dropped) -> bool:
         for seed in range(12):
             shim.set_seed(seed)
             shim.set_dropped(*dropped)
@@ -275,18 +273,23 @@ def test_every_barrier_and_wait_matters(case, shim, run, cuda_on_cpu, monkeypatc
                 return True
         return False
 
-    for function in (
-        lambda: run(*call),
-        lambda: [x.view(1) for x in cuda_on_cpu.score_moments(*call[0][:2])],
-    ):
-        for sync in (shim.Sync.barrier, shim.Sync.copy_wait):
-            shim.set_dropped(sync, -1)
-            right = function()
-            for launch, (at, count) in enumerate([*zip(shim.launched(), shim.executed(sync), strict=True)]):
-                every = [(sync, n, launch) for n in range(count)]
-                useless += [(names[at], *one) for one in every if not changes(function, right, *one)]
-            shim.set_dropped(sync, -1)
-    assert not useless
+    for sync in (shim.Sync.barrier, shim.Sync.copy_wait):
+        shim.set_dropped(sync, -1)
+        right = function()
+        for launch, (at, count) in enumerate([*zip(shim.launched(), shim.executed(sync), strict=True)]):
+            every = [(sync, n, launch) for n in range(count)]
+            found += [(names[at], *one) for one in every if not changes(right, *one)]
+        shim.set_dropped(sync, -1)
+    return found
+
+
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_every_barrier_and_wait_matters(case, shim, run, cuda_on_cpu, monkeypatch):
+    """Without any one of them the result is another, or an error, in some order of the threads."""
+    monkeypatch.setenv(PROCESSORS, "0")
+    call = walk(*case)
+    assert not useless(lambda: run(*call), shim)
+    assert not useless(lambda: [x.view(1) for x in cuda_on_cpu.score_moments(*call[0][:2])], shim)
 
 
 # --- what the numbers may be ----------------------------------------------------------------------

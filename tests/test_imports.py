@@ -135,11 +135,22 @@ def test_version_is_the_distribution_s():
     ("what", "allowed"),
     [
         (("customdiff_kernels._C",), {"_native.py"}),
-        (("triton",), {"cross_attention/triton.py", "cross_attention/triton_kernels.py"}),
+        (
+            ("triton",),
+            {"cross_attention/triton.py", "cross_attention/triton_kernels.py", "low_rank/triton.py"},
+        ),
         (("customdiff_kernels.cross_attention.triton",), {"_backends.py"}),
         (
             ("customdiff_kernels._native",),
-            {"_backends.py", "cross_attention/cpu.py", "cross_attention/cuda.py", "low_rank/cpu.py"},
+            {
+                "_backends.py",
+                "cross_attention/cpu.py",
+                "cross_attention/cuda.py",
+                "low_rank/cpu.py",
+                "low_rank/cuda.py",
+                "low_rank/eigen.py",
+                "merge/cpu.py",
+            },
         ),
         (("diffusers",), {"diffusers.py"}),
         (("safetensors",), {"_safetensors.py"}),
@@ -152,8 +163,8 @@ def test_who_imports_what(what, allowed):
 
 
 def test_backends_import_neither_one_another_nor_the_reference():
-    names = ("customdiff_kernels.cross_attention",)
-    own = {"configs", "triton_kernels"}  # parts of the Triton backend
+    names = tuple(f"customdiff_kernels.{op}" for op in ("cross_attention", "low_rank", "merge"))
+    own = {"configs", "triton_kernels", "factors"}  # parts of the GPU's backends
     backends = [
         *(path for name in ("cpu", "cuda", "triton*") for path in sorted(PACKAGE.rglob(f"{name}.py"))),
         *sorted(PACKAGE.rglob("reference.py")),

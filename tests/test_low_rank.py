@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customdiff_kernels.low_rank import LowRankDelta, ops, reconstruct
+from customdiff_kernels.low_rank import LowRankDelta, reconstruct
 from customdiff_kernels.low_rank.reference import reconstruct_reference
 from customdiff_kernels.stack import KVStack
 
@@ -81,13 +81,93 @@ def test_reconstruct_any_shapes(rows, ranks, width, seed):
         torch.testing.assert_close(found[name], exact, rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_of_a_large_stack(monkeypatch):
-    """The cache blocking cuts runs of equal segments at any place without changing the result."""
-    stack, delta = base(), low(dict.fromkeys(ROWS, 3))
-    whole = reconstruct(stack, delta)
-    for limit in (1, 40 * E * 4, 100 * E * 4):
-        monkeypatch.setattr(ops, "BLOCK_BYTES", limit)
-        torch.testing.assert_close(reconstruct(stack, delta).weight, whole.weight)
+@given(
+    terms=st.lists(
+        st.tuples(st.integers(0, 150), st.integers(0, 150), st.integers(0, 9), st.floats(-3, 3)), max_size=6
+    ),
+    width=st.integers(0, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    factor_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    in_place=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_terms_of_any_rows(no_worse, terms, width, dtype, factor_dtype, in_place, seed):
+    """Overlapping, nested, empty, beyond a block of the kernel, of every mix of dtypes."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(150, width, generator=generator).to(dtype)
+    u, v, starts, scales = [], [], [], []
+    exact = weight.to(torch.float64, copy=True)
+    eager = weight.clone()
+    for start, rows, rank, scale in terms:
+        start = min(start, 150 - rows)
+        u.append(torch.randn(rows, rank, generator=generator).to(factor_dtype))
+        v.append(torch.randn(rank, width, generator=generator).to(factor_dtype))
+        starts.append(start)
+        scales.append(scale)
+        exact[start : start + rows] += scale * (u[-1].double() @ v[-1].double())
+        eager[start : start + rows] += scale * (u[-1].to(dtype) @ v[-1].to(dtype))
+    if in_place:
+        found = weight.clone()
+        OPS.reconstruct_out(found, found, u, v, starts, scales)
+    else:
+        found = OPS.reconstruct(weight, u, v, starts, scales)
+    if dtype is torch.float64:
+        torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-12)
+    else:
+        no_worse("sum", found, eager, exact, slack=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_nothing(dtype):
+    stack, deltas = base(dtype), [low(dict.fromkeys(ROWS, r), dtype) for r in (3, 8)]
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(reconstruct(stack, deltas, [0.5, 2.0]).weight)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_large_result_is_written_whole():
+    """Beyond the caches results go past them, in memory of huge pages; and over what is read they do not."""
+    rows, width = 9000, 512
+    weight, u, v = torch.randn(rows, width), torch.randn(rows, 2), torch.randn(2, width)
+    wanted = torch.addmm(weight, u, v)
+    found = OPS.reconstruct(weight, [u], [v], [0])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    OPS.reconstruct_out(weight, weight, [u], [v], [0])
+    assert torch.equal(weight, found)
+
+
+def test_the_reference_runs_where_it_is_asked_for(monkeypatch):
+    stack, deltas = base(torch.bfloat16), [low({"a": 3, "g": 1}), low({"a": 2})]
+    native = reconstruct(stack, deltas, [0.5, 2.0]).weight
+    monkeypatch.setenv("CK_BACKEND", "reference")
+    torch.testing.assert_close(reconstruct(stack, deltas, [0.5, 2.0]).weight, native)
+    monkeypatch.setenv("CK_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="CK_BACKEND=cuda cannot run"):
+        reconstruct(stack, deltas)
+
+
+def test_factors_are_not_copied():
+    """Whatever their number and scales, the operator gets the very tensors that the deltas hold."""
+    stack, deltas = base(), [low({"a": 2, "c": 3}), low({"a": 5})]
+    seen = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        reconstruct(stack, deltas, [0.5, -1.0])
+    (args,) = (args for func, args in seen if func is OPS.reconstruct.default)
+    held = {t.data_ptr() for d in deltas for pair in d.factors.values() for t in pair if t.numel()}
+    assert {t.data_ptr() for t in (*args[1], *args[2])} == held
+    assert args[4] == [0.5, 0.5, -1.0]
 
 
 def test_dense_deltas_and_many_of_both_kinds():
@@ -185,12 +265,14 @@ def test_opcheck():
     u, v = ([delta.factors[n][i].requires_grad_() for n in "abce"] for i in (0, 1))
     starts = [s.start for s in stack.segments if s.name in "abce"]
     torch.library.opcheck(OPS.reconstruct, (stack.weight.requires_grad_(), u, v, starts))
+    torch.library.opcheck(OPS.reconstruct, (stack.weight, u, v, starts, [0.5, 2.0, -1.0, 0.0]))
     u[1].requires_grad_(False)
     torch.library.opcheck(OPS.reconstruct, (stack.weight, u, v, starts))
     torch.library.opcheck(OPS.reconstruct, (stack.weight, [], [], []))
+    torch.library.opcheck(OPS.reconstruct, (stack.weight, [], [], [], []))
     plain = [[t.detach() for t in ts] for ts in (u, v)]
     out, weight = torch.empty_like(stack.weight), stack.weight.detach()
-    torch.library.opcheck(OPS.reconstruct_out, (out, weight, *plain, starts))
+    torch.library.opcheck(OPS.reconstruct_out, (out, weight, *plain, starts, [2.0] * 4))
 
 
 def test_compile_fullgraph():
@@ -280,7 +362,7 @@ DELTA = {"a": torch.ones(32, E)}
         (
             lambda: OPS.reconstruct(torch.ones(4, 3), [torch.ones(3, 1)], [torch.ones(1, 3)], [2]),
             ValueError,
-            "without overlap within the 4 rows",
+            r"starts\[0\] must leave room .* within the 4 of base, got rows 2 to 5",
         ),
         (
             lambda: OPS.reconstruct(torch.ones(4, 3), [torch.ones(3, 1)], [torch.ones(2, 3)], [0]),

@@ -11,7 +11,8 @@ from diffusers import StableDiffusionPipeline
 import customdiff_kernels as ck
 from customdiff import merging
 from customdiff.concept import Concept
-from customdiff.merging import merge, regularization_features, renamed, target_features
+from customdiff.merging import merge, renamed, target_features
+from customdiff.regularization import merge_solver, regularization_features
 
 CAPTIONS = [
     "photo of a dog",
@@ -78,6 +79,16 @@ def test_a_concept_with_two_tokens_keeps_both(pipe, concepts):
         assert (features @ weight.T - wanted).norm() < 1e-3 * wanted.norm()
 
 
+def test_a_conflict_is_told_in_words(pipe, concepts):
+    """Two modifier tokens with one embedding: the text encoder cannot tell the prompts apart."""
+    concepts[1].modifier_tokens["<new2>"] = concepts[0].modifier_tokens["<new1>"]
+    words = r'"<new1>" of <new1> \(row 0\) and "<new2>" of <new2> \(row 0\)'
+    other = r'"dog" of <new1> \(row 1\) and "dog" of <new2> \(row 1\)'
+    end = r'"end of text" of <new1> \(row 2\) .*"padding" of <new1> \(row 3\)'
+    with pytest.raises(ck.ConflictingConstraintsError, match=f"{words} .*{other} .*{end}"):
+        merge(concepts, pipe, CAPTIONS, prompts=[["<new1> dog"], ["<new2> dog"]])
+
+
 def test_a_token_that_no_training_prompt_names_is_refused(pipe, concepts):
     lost = tiny_pipeline.concept(pipe, 2, "<new3>", "<new4>")
     lost.metadata["prompts"] = ["photo of a <new3> dog"]
@@ -95,14 +106,12 @@ def test_concepts_are_moved_to_where_the_base_is(pipe, monkeypatch, low_rank):
         def __init__(self, reg_features, *, ridge):
             given["captions"] = reg_features.device.type
 
-        def merge(self, stack, pairs, **options):
-            for name, (weights, features) in pairs.items():
+        def report(self, stack, pairs, **options):
+            for name, (weights, features, _) in pairs.items():
                 device = weights.device if low_rank else weights.weight.device
                 given[name] = device.type, features.device.type
-            return tiny_pipeline.concept(pipe, 2, low_rank=True).delta
-
-        def report(self, stack, pairs, merged, **options):
-            return ck.MergeReport({}, 0.0, dict.fromkeys(pairs, 0.0), 1.0, 1.0, 0.0, {})
+            merged = tiny_pipeline.concept(pipe, 2, low_rank=True).delta
+            return ck.MergeReport({}, 0.0, dict.fromkeys(pairs, 0.0), 1.0, 1.0, 0.0, {}, merged)
 
     for concept in concepts:
         concept.metadata = {}  # the hash of a base on the meta device would have to read it
@@ -155,6 +164,21 @@ def test_renamed_prompts_name_the_new_tokens(pipe):
 def test_the_start_token_regularizes_nothing(pipe):
     """Its features are alike in all captions, and frozen: it counts among neither rows."""
     assert regularization_features(pipe, CAPTIONS).shape == (len(CAPTIONS) * (tiny_pipeline.LENGTH - 1), 32)
+
+
+def test_the_factor_is_kept_for_its_text_encoder_captions_and_ridge(pipe, tmp_path):
+    def files(pipe, captions=CAPTIONS, ridge=1e-6):
+        solver = merge_solver(pipe, captions, ridge, cache=tmp_path)
+        assert torch.equal(solver.factor, merge_solver(pipe, captions, ridge).factor)
+        return len(list(tmp_path.iterdir()))
+
+    assert [files(pipe), files(pipe)] == [1, 1]
+    assert [files(pipe, CAPTIONS[::-1]), files(pipe, ridge="auto")] == [2, 3]
+    other = copy.deepcopy(pipe)
+    other.unet.conv_in.weight.data += 1
+    assert files(other) == 3, "the UNet does not matter"
+    other.text_encoder.get_input_embeddings().weight.data[0, 0] += 1e-3
+    assert files(other) == 4
 
 
 def context_of(pipe, prompt, rows):

@@ -14,6 +14,8 @@ import torch
 
 from customdiff_kernels import _native
 from customdiff_kernels.cross_attention import cpu
+from customdiff_kernels.low_rank import cpu as low_rank
+from customdiff_kernels.merge import cpu as merge
 
 ROOT = Path(__file__).resolve().parent.parent
 ISAS = _native.build_info()["cpu"]["isas"]
@@ -295,6 +297,80 @@ def test_score_moments(dtype, isa):
         scale = scores.abs().sum().item()
         assert abs(total - scores.sum().item()) <= 1e-12 * scale
         assert squares == pytest.approx((scores * scores).sum().item(), rel=1e-12)
+
+
+WIDTHS = [1, 33, 64, 112]  # below a vector, odd, whole tiles, tiles and vectors
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_low_rank_sum(dtype, width, isa, no_worse):
+    """Against float64: overlapping terms, factors of another dtype, any strides, over NaN and in place."""
+    base = torch.randn(width, 150).to(dtype).T
+    terms = [(0, 150, 5, 1.0, dtype), (30, 101, 16, -0.5, torch.float16), (149, 1, 0, 2.0, torch.float64)]
+    u = [torch.randn(rank, rows).to(of).T for _, rows, rank, _, of in terms]
+    v = [torch.randn(rank, width).to(of) for _, _, rank, _, of in terms]
+    starts, scales = [t[0] for t in terms], [t[3] for t in terms]
+
+    def formula(dtype):
+        total = base.to(dtype, copy=True)
+        for left, right, (start, rows, _, scale, _) in zip(u, v, terms, strict=True):
+            total[start : start + rows] += scale * (left.to(dtype) @ right.to(dtype))
+        return total
+
+    out = torch.full((150, width), math.nan, dtype=dtype)
+    low_rank.low_rank_sum(out, base, u, v, starts, scales)
+    if dtype is torch.float64:
+        assert worst(out, formula(torch.float64)) < 1e-13
+    else:
+        no_worse("sum", out, formula(dtype), formula(torch.float64), slack=2)
+    low_rank.low_rank_sum(base, base, u, v, starts, scales)
+    assert torch.equal(base, out)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_merge_passes(dtype, width, isa, no_worse):
+    sums = torch.promote_types(dtype, torch.float32)
+
+    def close(what, found, eager, exact):
+        if dtype is torch.float64:  # eager is the reference itself
+            torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-11)
+        else:
+            no_worse(what, found, eager, exact, slack=2)
+
+    base, *weights = (torch.randn(70, width).to(dtype) for _ in range(3))
+    targets, basis = [torch.randn(n, width).to(sums) for n in (3, 17)], torch.randn(20, width).to(sums)
+    old = base.double()
+    exact = [(w.double() - old) @ t.double().T for w, t in zip(weights, targets, strict=True)]
+    eager = [(w.to(sums) - base.to(sums)) @ t.to(sums).T for w, t in zip(weights, targets, strict=True)]
+    for weight, target, wanted, theirs in zip(weights, targets, exact, eager, strict=True):
+        found = torch.full((70, len(target)), math.nan, dtype=sums)
+        merge.residual(found, base, weight, target)
+        close("residual", found, theirs, wanted)
+    out = torch.full_like(base, math.nan)
+    merge.apply(out, base, weights, targets, basis)
+    theirs = (base.to(sums) + torch.cat(eager, 1) @ basis).to(dtype)
+    close("merged", out, theirs, old + torch.cat(exact, 1) @ basis.double())
+    gram = merge.gram(base)
+    assert worst(gram, old.T @ old) < 1e-12 * 70 and torch.equal(gram, gram.T)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": torch.ones(5, 4)}, r"out \(5,4\): must be a floating matrix \(5,3\)"),
+        ({"out": torch.ones(5, 3).double()}, "out: of another dtype"),
+        ({"v": [torch.ones(1, 3)]}, r"v \(1,3\): must be a floating matrix \(2,3\)"),
+        ({"starts": [2]}, "start: rows 2 to 6 are not within base"),
+        ({"starts": [-1]}, "start: rows -1 to 3 are not within base"),
+    ],
+)
+def test_a_sum_that_does_not_fit_is_refused(change, message):
+    call = {"out": torch.ones(5, 3), "base": torch.ones(5, 3), "u": [torch.ones(4, 2)]}
+    call |= {"v": [torch.ones(2, 3)], "starts": [1], "scales": [1.0]} | change
+    with pytest.raises(ValueError, match=message):
+        low_rank.low_rank_sum(**call)
 
 
 def replaced(case: Case, name: str, value: torch.Tensor) -> Case:

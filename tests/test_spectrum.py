@@ -80,14 +80,14 @@ def test_float32_shares_are_within_their_bounds(kind, shape):
 @NATIVE
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_eigenvalues_that_overflowed_are_not_used(factor, monkeypatch):
-    from customdiff_kernels.low_rank import cpu
+    from customdiff_kernels.low_rank import eigen
 
-    matrix, real = paper(160, 192), cpu.symmetric_eigen
+    matrix, real = paper(160, 192), eigen.symmetric_eigen
     wanted = compress({"x": matrix}, energy=0.6).dense()["x"]
     monkeypatch.setattr(
-        cpu,
+        eigen,
         "symmetric_eigen",
-        lambda a: [cpu.Eigen(e.reflectors, e.numbers * factor) for e in real(a)],
+        lambda a: [eigen.Eigen(e.reflectors, e.numbers * factor) for e in real(a)],
     )
     torch.testing.assert_close(compress({"x": matrix}, energy=0.6).dense()["x"], wanted)
 
@@ -117,7 +117,7 @@ def test_products_of_low_precision_are_not_used(monkeypatch):
 @pytest.mark.parametrize("size", [2, 3, 17, 33, 100])
 @pytest.mark.parametrize("isa", (_native.build_info()["cpu"] or {"isas": []})["isas"])
 def test_symmetric_eigen(isa, size, monkeypatch):
-    from customdiff_kernels.low_rank.cpu import symmetric_eigen
+    from customdiff_kernels.low_rank.eigen import symmetric_eigen
 
     monkeypatch.setenv("CK_CPU_ISA", isa)
     a = torch.randn(3, size, size)
@@ -136,7 +136,7 @@ def test_symmetric_eigen(isa, size, monkeypatch):
 
 @NATIVE
 def test_symmetric_eigen_of_special_matrices_and_threads(monkeypatch):
-    from customdiff_kernels.low_rank.cpu import symmetric_eigen
+    from customdiff_kernels.low_rank.eigen import symmetric_eigen
 
     low_rank = [torch.randn(200, r) for r in (1, 2, 7)]
     ones, zeros = torch.full((200, 200), 50.0), torch.zeros(40, 40)

@@ -1,4 +1,4 @@
-"""Runs triton_kernels.py in a fresh process: TRITON_INTERPRET must be set before triton is first imported."""
+"""Runs triton_*.py in fresh processes: TRITON_INTERPRET must be set before triton is first imported."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(importlib.util.find_spec("numpy") is None, reason="triton's interpreter needs numpy")
 @pytest.mark.parametrize(
-    ("chosen", "least"), [("not slow", 140), pytest.param("slow", 150, marks=pytest.mark.slow)]
+    ("file", "chosen", "least"),
+    [
+        ("triton_kernels.py", "not slow", 140),
+        pytest.param("triton_kernels.py", "slow", 150, marks=pytest.mark.slow),
+        ("triton_low_rank.py", "not slow", 10),
+    ],
 )
-def test_kernels_against_the_formula(chosen, least):
+def test_kernels_against_the_formula(file, chosen, least):
     """On the GPU where there is one, else under the interpreter on the CPU."""
     command = [
         sys.executable,
         "-m",
         "pytest",
-        "triton_kernels.py",
+        file,
         "-q",
         "-x",
         "-m",

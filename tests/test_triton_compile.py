@@ -31,7 +31,8 @@ pytestmark = [
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
 PROCESSORS = {80: 108, 90: 132}  # A100, H100
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES |= {torch.int32: "i32", torch.int64: "i64"}
 PRODUCTS = {"fwd_kernel": 2, "bwd_kernel": 5, "stats_kernel": 2, "bias_bwd_kernel": 2}
 DOCS = Path(__file__).parent.parent / "docs" / "triton_resources.md"
 
@@ -279,6 +280,34 @@ def test_resources(arch, case, launches, table, tmp_path):
         if name != "sum_kernel" and not mma + wgmma:
             faults.append(f"{name}: no tensor-core instruction")
     assert not faults, faults
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("factor, weight", [(HALF, HALF), (HALF, FULL), (FULL, FULL)], ids=str)
+def test_resources_of_low_rank_sums(arch, factor, weight, table, monkeypatch, tmp_path):
+    """The weights of SD 1.x and two concepts of rank 24."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(tmp_path)))
+    from customdiff_kernels.low_rank import triton as kernels
+
+    found: list[Launch] = []
+    monkeypatch.setattr(kernels, "low_rank_kernel", Recorder(kernels.low_rank_kernel, found))
+    base = torch.empty(24960, 768, dtype=weight, device="meta")
+    u, v = (torch.empty(size, dtype=factor, device="meta") for size in ((320, 24), (24, 768)))
+    kernels.low_rank_sum(base, base, [u, u], [v, v], [0, 0], [1.0, 0.5])
+    (launch,) = found
+    binary = compiled(launch, arch)
+    cubin = tmp_path / "low_rank.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    used, shared, ptx = resources(cubin), binary.metadata.shared, binary.asm["ptx"]
+    mma, wgmma = len(re.findall(r"\bmma\.sync", ptx)), len(re.findall(r"wgmma\.mma_async", ptx))
+    case = f"sm_{arch} low_rank-{DTYPES[factor]}-{DTYPES[weight]}"
+    table[f"sm_{arch}-low_rank-{factor}-{weight}"] = (
+        f"| {case} | low_rank_kernel | | {launch.options['num_warps']} "
+        f"| {used['registers']} | {used['stack']} | {shared} | {mma} | {wgmma} | | |"
+    )
+    most = 176 if factor is FULL else 128
+    assert not used["stack"] and used["registers"] <= most and shared <= SHARED[arch] // 2
+    assert mma + wgmma
 
 
 @pytest.mark.parametrize("dim", [40, 80])

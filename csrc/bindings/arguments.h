@@ -3,8 +3,11 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "common/attention.h"
+#include "common/low_rank.h"
+#include "common/merge.h"
 
 // A Tensor argument: None where it is absent, or the tuple (address, DType, sizes, strides) of four
 // dimensions. Read by hand: a call has up to a dozen of them, and pybind11's own containers take
@@ -41,7 +44,7 @@ struct pybind11::detail::type_caster<ck::Tensor> {
 
 namespace ck {
 
-// DType, and Attention with its results as attributes that are set.
+// DType; Attention with its results as attributes that are set; LowRankSum and Merge.
 inline void bind_types(pybind11::module_& m) {
   namespace py = pybind11;
   py::enum_<DType>(m, "DType", py::module_local())
@@ -71,6 +74,20 @@ inline void bind_types(pybind11::module_& m) {
   result("grad_value", &Attention::grad_value);
   result("grad_bias", &Attention::grad_bias);
   result("grad_table", &Attention::grad_table);
+  py::class_<LowRankSum>(m, "LowRankSum", py::module_local())
+      .def(py::init([](const Tensor& base,
+                       const std::vector<std::tuple<Tensor, Tensor, int64_t, double>>& terms,
+                       const Tensor& out) {
+             LowRankSum sum{base, out, {}};
+             for (const auto& [u, v, start, scale] : terms) sum.terms.push_back({u, v, start, scale});
+             return sum;
+           }),
+           py::arg("base"), py::arg("terms"), py::arg("out"));
+  py::class_<Merge>(m, "Merge", py::module_local())
+      .def(py::init([](const Tensor& base, const std::vector<Tensor>& weights,
+                       const std::vector<Tensor>& targets, const Tensor& basis,
+                       const Tensor& out) { return Merge{base, weights, targets, basis, out}; }),
+           py::arg("base"), py::arg("weights"), py::arg("targets"), py::arg("basis"), py::arg("out"));
 }
 
 }  // namespace ck

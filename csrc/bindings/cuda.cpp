@@ -2,6 +2,7 @@
 
 #include "bindings/arguments.h"
 #include "cuda/attention.h"
+#include "cuda/low_rank.h"
 
 namespace py = pybind11;
 
@@ -29,4 +30,10 @@ void bind_cuda(py::module_& m) {
         ck::cuda::gram(rows, reinterpret_cast<float*>(parts), device, reinterpret_cast<void*>(stream));
       },
       py::arg("rows"), py::arg("parts"), py::arg("device"), py::arg("stream"), unlocked);
+  m.def(
+      "cuda_low_rank_sum",
+      [](const ck::LowRankSum& sum, int device, uintptr_t stream) {
+        ck::cuda::low_rank_sum(sum, device, reinterpret_cast<void*>(stream));
+      },
+      py::arg("sum"), py::arg("device"), py::arg("stream"), unlocked);
 }

@@ -4,6 +4,7 @@
 #include "cpu/attention.h"
 #include "cpu/eigen.h"
 #include "cpu/kernels.h"
+#include "cpu/low_rank.h"
 #ifdef CK_CUDA_ARCHITECTURES
 #include "bindings/cuda.h"
 #endif
@@ -63,4 +64,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("numbers"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("tridiagonal_vectors", &ck::tridiagonal_vectors, py::arg("numbers"), py::arg("vectors"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("low_rank_sum", &ck::low_rank_sum, py::arg("sum"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("merge_residual", &ck::merge_residual, py::arg("merge"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("merge_apply", &ck::merge_apply, py::arg("merge"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("gram", &ck::gram, py::arg("features"), py::arg("out"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
 }

@@ -29,10 +29,6 @@ bool broadcasts(const Tensor& t, int64_t b, int64_t h, int64_t n, int64_t s) {
   return true;
 }
 
-bool is_floating(const Tensor& t) {
-  return t.dtype != DType::kInt32;
-}
-
 void check(const Attention& a) {
   const int64_t B = a.batch(), H = a.heads(), N = a.queries(), S = a.keys(), D = a.query.size[3];
   require(is_floating(a.query), "query", a.query, "must be floating");

@@ -28,4 +28,8 @@ struct Tensor {
   }
 };
 
+inline bool is_floating(const Tensor& t) {
+  return t.dtype != DType::kInt32;
+}
+
 }  // namespace ck

@@ -147,7 +147,7 @@ void gemm_block(const Gemm<T>& g) {
 template <class T>
 void gemm(Gemm<T> g) {
   constexpr int64_t kDepth = 160;
-  const int64_t blocks = (g.depth + kDepth - 1) / kDepth;
+  const int64_t blocks = g.depth > 0 ? (g.depth + kDepth - 1) / kDepth : 1;  // an empty sum is zero
   const int64_t total = g.depth;
   for (int64_t i = 0, done = 0; i < blocks; ++i) {
     g.depth = total * (i + 1) / blocks - done;

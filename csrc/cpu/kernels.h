@@ -2,6 +2,8 @@
 #pragma once
 
 #include "common/attention.h"
+#include "common/low_rank.h"
+#include "common/merge.h"
 
 namespace ck {
 
@@ -37,6 +39,37 @@ struct EigenTask {
   float *reflectors, *diagonal, *off_diagonal, *tau, *values;
 };
 
+// Rows of numbers of the type that a kernel computes in, `row` of them apart: double for a float64 result,
+// else float. Rows end in zeros up to a multiple of kPadding, whole vectors of every instruction set; those
+// of a transposed matrix up to one of kHalfPadding, as many columns as a product may have.
+struct Packed {
+  const void* data;
+  int64_t row;
+};
+constexpr int64_t kPadding = 16, kHalfPadding = 8;
+
+// Rows of out = base + Σ scale · u · v that the terms of one span change. v[i] is that of sum.terms[i].
+// `stream`: write past the caches; for rows of the type computed in, that begin at whole cache lines.
+struct LowRankTask {
+  const LowRankSum& sum;
+  const Span& span;
+  const Packed* v;
+  Range rows;
+  bool stream;
+};
+
+// Rows of merge.out. targets[n]: C_nᵀ (E, s_n).
+struct MergeTask {
+  const Merge& merge;
+  const Packed* targets;
+  Packed basis;
+  Range rows;
+  bool stream;
+};
+
+// XᵀX in blocks of kGramSide columns, kGramDepth rows of X at a time.
+constexpr int64_t kGramSide = 24, kGramDepth = 96;
+
 struct Kernels {
   const char* name;
   void (*attention_forward)(const Attention&, int64_t b, Range heads, Range queries);
@@ -51,6 +84,17 @@ struct Kernels {
   void (*score_moments)(MomentsTask&);
   void (*symmetric_eigenvalues)(const EigenTask&);
   void (*tridiagonal_vectors)(const EigenTask&, int64_t first, int64_t count, float* vectors);
+
+  // `rows` of a matrix, or all of it transposed, into rows of doubles (`wide`) or floats, padded with zeros.
+  void (*pack_rows)(const Tensor& matrix, Range rows, void* target, int64_t padded, bool wide);
+  void (*pack_transposed)(const Tensor& matrix, void* target, int64_t padded, bool wide);
+  void (*low_rank)(const LowRankTask&);
+  void (*merge_residual)(const MergeTask&);
+  void (*merge_apply)(const MergeTask&);
+  // At most kGramDepth rows of X: block j, `depth` rows of kGramSide doubles, at target + j * block.
+  void (*pack_gram)(const Tensor& matrix, Range rows, double* target, int64_t block);
+  // sum (kGramSide, kGramSide) += aᵀ b of two such blocks.
+  void (*add_gram)(const double* a, const double* b, int64_t depth, double* sum);
 };
 
 // The kernels of the best instruction set that was built and that this machine runs. The environment variable

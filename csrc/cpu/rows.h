@@ -1,12 +1,27 @@
 // Rows of a tensor of any dtype and stride, to and from packed rows of the type that the kernels compute in.
 #pragma once
 
+#include <cstddef>
+
 #include "common/tensor.h"
 #include "cpu/simd.h"
 
 namespace ck {
 namespace CK_ISA {
 namespace {
+
+// Lays buffers out one after the other, each on its own cache line; with a null base it only counts.
+struct Arena {
+  char* base;
+  size_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* buffer = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(count * sizeof(T), 64);
+    return buffer;
+  }
+};
 
 inline float from_bfloat16(uint16_t x) {
   return bit_cast<float>(uint32_t(x) << 16);

@@ -16,19 +16,6 @@ namespace {
 constexpr int64_t kQueryBlock = 40;
 constexpr double kLog4E = 0.7213475204444817;
 
-// Lays buffers out one after the other, each on its own cache line; with a null base it only counts.
-struct Arena {
-  char* base;
-  size_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* buffer = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(count * sizeof(T), 64);
-    return buffer;
-  }
-};
-
 // The sizes of one problem, padded.
 struct Shape {
   int64_t depth, keys, padded_depth, padded_keys;

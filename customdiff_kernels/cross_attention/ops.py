@@ -73,7 +73,7 @@ def _backward(
     table: Tensor | None,
     scale: float,
     needed: Sequence[bool],
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     _checks.attention(query, key, value, bias, labels, table)
     _checks.like("grad_out", grad_out, "query", query)
     inputs = (query, key, value, bias, table)
@@ -92,7 +92,7 @@ def _backward_fake(
     table: Tensor | None,
     scale: float,
     needed: Sequence[bool],
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     inputs = (query, key, value, bias, table)
     return finished(empty_gradients(inputs, needed), inputs)
 
@@ -133,12 +133,19 @@ def empty_gradients(inputs: Sequence[Any], needed: Sequence[bool]) -> list[Tenso
     ]
 
 
-def finished(grads: Sequence[Tensor | None], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The gradients in their arguments' dtypes; an empty tensor for one that was not wanted."""
-    return tuple(
-        inputs[0].new_empty(0) if grad is None else grad.to(x.dtype)
+def finished(grads: Sequence[Tensor | None], inputs: Sequence[Any]) -> list[Tensor]:
+    """The gradients that were wanted, in their arguments' dtypes."""
+    return [
+        grad if grad.dtype is x.dtype else grad.to(x.dtype)
         for grad, x in zip(grads, inputs, strict=True)
-    )
+        if grad is not None
+    ]
+
+
+def by_input(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """``finished``'s gradients where they belong."""
+    wanted = iter(grads)
+    return [next(wanted) if want else None for want in needed]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -149,9 +156,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5)]
     grads = _backward_op(grad_out, *ctx.saved_tensors, ctx.scale, needed)
-    query, key, value, bias, table = [
-        grad if want else None for grad, want in zip(grads, needed, strict=True)
-    ]
+    query, key, value, bias, table = by_input(grads, needed)
     return query, key, value, bias, None, table, None
 
 
@@ -206,8 +211,7 @@ register(
     cast=(0, 1, 2),
 )
 _backward_op = register(
-    f"cross_attention_backward(Tensor grad_out, {_INPUTS}, bool[5] needed)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"cross_attention_backward(Tensor grad_out, {_INPUTS}, bool[5] needed) -> Tensor[]",
     _backward,
     _backward_fake,
 )

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from .. import _checks
 from .._library import register
-from ..cross_attention.ops import empty_gradients, finished, run_backward, run_forward
+from ..cross_attention.ops import by_input, empty_gradients, finished, run_backward, run_forward
 
 # --- kv_project -----------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ def _attend_backward(
     table: Tensor | None,
     scale: float,
     needed: Sequence[bool],
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     _checks.kv_block(hidden, key, value, w_q, w_out, None, heads, bias, labels, table)
     dtype = hidden.dtype
     w_q, w_out = w_q.to(dtype), w_out.to(dtype)
@@ -224,7 +224,7 @@ def _attend_backward_fake(
     table: Tensor | None,
     scale: float,
     needed: Sequence[bool],
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     inputs = (hidden, key, value, bias, table)
     grads = empty_gradients(inputs, needed)
     grads[0] = hidden.new_empty(hidden.shape) if needed[0] else None
@@ -246,9 +246,7 @@ def _attend_autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, 7, 9)]
     *inputs, bias, labels, table = ctx.saved_tensors
     grads = _attend_backward_op(grad_out, *inputs, ctx.heads, bias, labels, table, ctx.scale, needed)
-    hidden, key, value, bias, table = (
-        grad if want else None for grad, want in zip(grads, needed, strict=True)
-    )
+    hidden, key, value, bias, table = by_input(grads, needed)
     return hidden, key, value, None, None, None, None, bias, None, table, None
 
 
@@ -264,7 +262,7 @@ register(
 )
 _attend_backward_op = register(
     f"kv_cross_attention_backward(Tensor grad_out, {_INPUTS}, int heads, {_BIAS}, bool[5] needed)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> Tensor[]",
     _attend_backward,
     _attend_backward_fake,
 )

@@ -15,6 +15,7 @@ from . import ops  # noqa: F401  registers torch.ops.customdiff.*
 from .delta import LowRankDelta
 
 Base = TypeVar("Base", bound=Mapping[str, Tensor])
+Delta = LowRankDelta | Mapping[str, Tensor]
 
 
 def reconstruct(
@@ -39,38 +40,42 @@ def reconstruct(
     another shape.
     """
     stack = as_stack("base", base)
-    if isinstance(deltas, Tensor) or not isinstance(deltas, (LowRankDelta, Iterable)):
-        raise TypeError(f"deltas must be one or many LowRankDelta or mappings, got {type(deltas).__name__}")
-    deltas = [deltas] if isinstance(deltas, (LowRankDelta, Mapping)) else list(deltas)
+    deltas = as_deltas(deltas)
     weights = _scales(scales, len(deltas))
     sums = _checks.sum_dtype(stack.weight.dtype)
-    weight = stack.weight
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    weight, rows = stack.weight, {name: start for name, start, _ in stack.segments}
+    terms: list[tuple[Tensor, Tensor, int, float]] = []
     for index, (delta, scale) in enumerate(zip(deltas, weights, strict=True)):
         if isinstance(delta, LowRankDelta):
             for name, (u, v) in delta.factors.items():
                 _check_fits(f"deltas[{index}]", name, (u.shape[0], v.shape[1]), u.device, stack)
-                if u.shape[1]:
-                    pairs.setdefault(name, []).append((u if scale is None else u.to(sums) * scale, v))
-        elif not isinstance(delta, Mapping):
+                if not u.shape[1]:
+                    continue
+                if isinstance(scale, Tensor):  # by way of u it is differentiable
+                    terms.append((u.to(sums) * scale, v, rows[name], 1.0))
+                else:
+                    terms.append((u, v, rows[name], 1.0 if scale is None else scale))
+        else:
+            weight = _add_dense(f"deltas[{index}]", weight.to(sums), stack, delta, scale)
+    us, vs, starts, numbers = (list(column) for column in zip(*terms, strict=True)) if terms else ([],) * 4
+    if out is not None:
+        return cast(Base, _write(out, stack, weight, us, vs, starts, numbers))
+    weight = torch.ops.customdiff.reconstruct(weight, us, vs, starts, numbers).to(stack.weight.dtype)
+    result = KVStack(weight, stack.segments)
+    return cast(Base, result if isinstance(base, KVStack) else dict(result))
+
+
+def as_deltas(deltas: Delta | Iterable[Delta]) -> list[Delta]:
+    """One or many as a list; TypeError where something else is among them."""
+    if isinstance(deltas, Tensor) or not isinstance(deltas, (LowRankDelta, Iterable)):
+        raise TypeError(f"deltas must be one or many LowRankDelta or mappings, got {type(deltas).__name__}")
+    found = [deltas] if isinstance(deltas, (LowRankDelta, Mapping)) else list(deltas)
+    for index, delta in enumerate(found):
+        if not isinstance(delta, (LowRankDelta, Mapping)):
             raise TypeError(
                 f"deltas[{index}] must be a LowRankDelta or {{name: change}}, got {type(delta).__name__}"
             )
-        else:
-            weight = _add_dense(f"deltas[{index}]", weight.to(sums), stack, delta, scale)
-    us: list[Tensor] = []
-    vs: list[Tensor] = []
-    starts: list[int] = []
-    for name, start, _ in stack.segments:
-        if found := pairs.get(name):
-            us.append(found[0][0] if len(found) == 1 else torch.cat([p[0].to(sums) for p in found], 1))
-            vs.append(found[0][1] if len(found) == 1 else torch.cat([p[1].to(sums) for p in found], 0))
-            starts.append(start)
-    if out is not None:
-        return cast(Base, _write(out, stack, weight, us, vs, starts))
-    weight = torch.ops.customdiff.reconstruct(weight, us, vs, starts).to(stack.weight.dtype)
-    result = KVStack(weight, stack.segments)
-    return cast(Base, result if isinstance(base, KVStack) else dict(result))
+    return found
 
 
 def _scales(scales: float | Sequence[float] | Tensor | None, count: int) -> list[float | Tensor | None]:
@@ -113,15 +118,21 @@ def _add_dense(
 
 
 def _write(
-    out: KVStack, stack: KVStack, weight: Tensor, u: list[Tensor], v: list[Tensor], starts: list[int]
+    out: KVStack,
+    stack: KVStack,
+    weight: Tensor,
+    u: list[Tensor],
+    v: list[Tensor],
+    starts: list[int],
+    scales: list[float],
 ) -> KVStack:
     if not isinstance(out, KVStack) or out.segments != stack.segments:
         raise ValueError("out must be a KVStack with the segments of base")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (out.weight, weight, *u, *v)):
         raise ValueError("out= is not differentiable: leave it out, or call within torch.no_grad()")
     if weight.dtype is stack.weight.dtype:
-        torch.ops.customdiff.reconstruct_out(out.weight, weight, u, v, starts)
+        torch.ops.customdiff.reconstruct_out(out.weight, weight, u, v, starts, scales)
     else:  # dense changes were added in the dtype of sums: round once, at the end
         _checks.like("out", out.weight, "base", stack.weight)
-        out.weight.copy_(torch.ops.customdiff.reconstruct(weight, u, v, starts))
+        out.weight.copy_(torch.ops.customdiff.reconstruct(weight, u, v, starts, scales))
     return out

@@ -1,55 +1,30 @@
-"""The largest eigenvectors of symmetric matrices on the CPU, compiled (``csrc/cpu/eigen.h``), in float32."""
+"""Low-rank sums on the CPU, compiled (``csrc/cpu``): float32, bfloat16, float16 and float64, any strides. The
+results do not depend on the number of threads, which is torch's.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._native import describe, module
+from .. import _native
 
 
-class Eigen(NamedTuple):
-    """One matrix (k,k), reduced: ``reflectors`` (k-1,k-1) and ``numbers`` (4,k) as the native code leaves
-    them.
+def low_rank_sum(
+    out: Tensor,
+    base: Tensor,
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    starts: Sequence[int],
+    scales: Sequence[float],
+) -> None:
+    """out = base + sum_i scale_i u_i v_i, each on its own rows from starts_i on; ``out`` may be ``base``.
+
+    base, out (R,E) of one dtype; u_i (rows,r), v_i (r,E) of any. ``base`` is read once and ``out`` written
+    once, whatever the number of terms.
     """
-
-    reflectors: Tensor
-    numbers: Tensor
-
-    @property
-    def values(self) -> Tensor:
-        """All eigenvalues (k,), descending."""
-        return self.numbers[3]
-
-    def vectors(self, count: int) -> Tensor:
-        """Eigenvectors (k,count) of the largest eigenvalues. Those of equal ones may lie in each other's
-        span: the caller looks whether they are orthonormal.
-        """
-        size = self.numbers.shape[1]
-        found = torch.empty((count, size))
-        native = module()
-        native.tridiagonal_vectors(
-            describe(native, self.numbers[None, None]),
-            describe(native, found[None, None]),
-            torch.get_num_threads(),
-        )
-        tau = self.numbers[2, : size - 1].contiguous()
-        rotated = torch.ormqr(self.reflectors.mT, tau, found[:, 1:].mT)
-        return torch.cat([rotated.flip(0), found[None, :, 0]])  # the native order of rows is the reverse
-
-
-def symmetric_eigen(matrices: Tensor) -> list[Eigen]:
-    """``matrices`` (G,k,k) float32, k at least 2, of which the lower triangles are read."""
-    count, size, _ = matrices.shape
-    reflectors = torch.empty((count, 1, size - 1, size - 1))
-    numbers = torch.empty((count, 1, 4, size))
-    native = module()
-    native.symmetric_eigenvalues(
-        describe(native, matrices.contiguous()[:, None]),
-        describe(native, reflectors),
-        describe(native, numbers),
-        torch.get_num_threads(),
-    )
-    return [Eigen(*pair) for pair in zip(reflectors[:, 0], numbers[:, 0], strict=True)]
+    native = _native.module()
+    call = _native.low_rank_sum(native, out, base, u, v, starts, scales)
+    native.low_rank_sum(call, torch.get_num_threads())

@@ -1,5 +1,5 @@
 """MATH.md in plain PyTorch, one matrix at a time: what the batched operations are tested against (in
-float64).
+float64), and what runs on a device without kernels for them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,26 @@ def reconstruct_reference(
                 weight = weight + scale * (u @ v)
         result[name] = weight
     return result
+
+
+def low_rank_sum(
+    out: Tensor,
+    base: Tensor,
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    starts: Sequence[int],
+    scales: Sequence[float],
+) -> None:
+    """out = base + sum_i scale_i u_i v_i, each on its own rows from starts_i on; ``out`` may be ``base``.
+
+    base, out (R,E); u_i (rows,r), v_i (r,E), any floating dtypes. Sums in float32 (float64 for float64).
+    """
+    sums = torch.float64 if base.dtype is torch.float64 else torch.float32
+    total = out.copy_(base) if out.dtype is sums else base.to(sums)
+    for left, right, start, scale in zip(u, v, starts, scales, strict=True):
+        total[start : start + left.shape[0]].addmm_(left.to(sums), right.to(sums), alpha=scale)
+    if total is not out:
+        out.copy_(total)
 
 
 def energy_rank_reference(singular_values: Tensor, energy: float) -> int:

@@ -146,7 +146,7 @@ def _scaled(matrix: Tensor, largest: float) -> tuple[Tensor, float]:
 
 
 def _float_spectra(scaled: Sequence[tuple[Tensor, float]]) -> list[Spectrum]:
-    from .cpu import symmetric_eigen
+    from .eigen import symmetric_eigen
 
     short = min(scaled[0][0].shape)
     grams = torch.empty((len(scaled), short, short))

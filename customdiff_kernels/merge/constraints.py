@@ -1,5 +1,5 @@
-"""Which target rows become constraints: equal ones once, dependent ones not at all, contradicting ones
-refused.
+"""Which target rows become constraints, and the basis v of the answer: equal rows count once, dependent ones
+not at all, contradicting ones are refused.
 
 A causal text encoder gives prompts that begin alike the same features there, and padding repeats; so C has
 equal rows, and S = C G⁻¹ Cᵀ would be singular with them. What is decided here is in MATH.md, "Degenerate
@@ -8,6 +8,7 @@ constraints".
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from .problem import Problem
 
 INDEPENDENT = 1e-6  # share of a row (in the G⁻¹ norm) that must lie outside the span of the rows before it
+CROWDED = 0.9  # share of the text width that constraints may take before a warning
 ON_CONFLICT = ("error", "average", "drop")
 
 
 class Conflict(NamedTuple):
     """Row ``row`` of ``concept`` asks for another value than row ``other_row`` of ``other`` at the same
-    feature.
+    feature. ``token``, ``other_token``: their texts, where the concepts gave them.
     """
 
     concept: str
@@ -32,10 +34,17 @@ class Conflict(NamedTuple):
     other: str
     other_row: int
     difference: float  # of the values, relative to the larger
+    token: str | None = None
+    other_token: str | None = None
 
     def __str__(self) -> str:
-        pair = f"{self.concept} row {self.row} and {self.other} row {self.other_row}"
-        return f"{pair} (values {self.difference:.1%} apart)"
+        this = _named(self.concept, self.row, self.token)
+        other = _named(self.other, self.other_row, self.other_token)
+        return f"{this} and {other} (values {self.difference:.1%} apart)"
+
+
+def _named(concept: str, row: int, token: str | None) -> str:
+    return f"{concept} row {row}" if token is None else f'"{token}" of {concept} (row {row})'
 
 
 class ConflictingConstraintsError(ValueError):
@@ -51,18 +60,18 @@ class ConflictingConstraintsError(ValueError):
 
 
 @dataclass
-class Constraints:
-    """Distinct target features and the concepts that give their values.
+class Solution:
+    """What a merge needs beside the weights: Ŵ = W0 + Σ_n (W_n - W0) targets[n]ᵀ basis[n].
 
-    rows: (k,) their indices into all concepts' target features, put end to end.
-    members[n]: (k_n,) positions in ``rows`` of the constraints that concept n has a say in.
-    shares: (k,) number of concepts whose mean is the value there (1, but for ``on_conflict="average"``).
+    targets[n]: (k_n,E) the constraints that concept n has a say in, in the dtype of sums. basis[n]: (k_n,E)
+        float64.
+    r: (k,k) float64 with rᵀr = S of all k constraints.
     dropped[n]: rows of concept n that make no constraint of their own.
     """
 
-    rows: Tensor
-    members: list[Tensor]
-    shares: Tensor
+    targets: list[Tensor]
+    basis: list[Tensor]
+    r: Tensor
     dropped: list[list[int]]
 
 
@@ -71,10 +80,56 @@ class Constraints:
 Asked = dict[int, dict[int, int]]
 
 
-def select(problem: Problem, factor: Tensor) -> Constraints:
-    """Decide which of the problem's target rows become constraints; ``factor`` is L (E,E) float64."""
-    rows = torch.cat(problem.features).double()
-    origin = [(n, i) for n, features in enumerate(problem.features) for i in range(len(features))]
+def solve(problem: Problem, factor: Tensor) -> Solution:
+    """Decide which of the problem's target rows become constraints and solve for their basis; ``factor`` is L
+    (E,E) float64. Differentiable in the target features; what is decided is not.
+    """
+    features = torch.cat(problem.features)
+    rows = features.detach().double()
+    origin = [(n, i) for n, given in enumerate(problem.features) for i in range(len(given))]
+    with torch.no_grad():
+        asked = _asked(problem, rows, origin)
+    kept, sure = list(asked), False
+    if len(kept) <= rows.shape[1]:
+        basis, r = _basis(factor, features, kept)
+        sure = bool((r.diagonal().abs() > INDEPENDENT * r.norm(dim=0)).all())  # NaN for dependent rows: no
+    if not sure:
+        with torch.no_grad():
+            kept = _independent(problem, factor, rows, origin, asked)
+        basis, r = _basis(factor, features, kept)
+    _warn_if_crowded(len(kept), rows.shape[1])
+    if len(kept) == len(rows):  # as most often: every row is a constraint of its own concept
+        counts = [len(given) for given in problem.features]
+        return Solution(problem.features, list(basis.split(counts)), r, [[] for _ in counts])
+    shares = torch.tensor([[len(asked[j])] for j in kept], dtype=torch.float64, device=rows.device)
+    shared = basis / shares
+    members = [[k for k, j in enumerate(kept) if n in asked[j]] for n in range(len(problem.features))]
+    sources = {i for j in kept for i in asked[j].values()}
+    dropped: list[list[int]] = [[] for _ in problem.features]
+    for i, (n, row) in enumerate(origin):
+        if i not in sources:
+            dropped[n].append(row)
+    targets = [features[[kept[k] for k in concept]] for concept in members]
+    return Solution(targets, [shared[concept] for concept in members], r, dropped)
+
+
+def _basis(factor: Tensor, features: Tensor, kept: list[int]) -> tuple[Tensor, Tensor]:
+    chosen = features if len(kept) == len(features) else features[kept]
+    return torch.ops.customdiff.merge_basis(factor, chosen.double())
+
+
+def _warn_if_crowded(constraints: int, width: int) -> None:
+    if constraints > CROWDED * width:
+        warnings.warn(
+            f"{constraints} target features leave {width - constraints} of the {width} directions of the "
+            "text width E free, too few to keep other captions as they are: give fewer or shorter target "
+            "captions, or merge fewer concepts",
+            stacklevel=4,
+        )
+
+
+def _asked(problem: Problem, rows: Tensor, origin: list[tuple[int, int]]) -> Asked:
+    """The distinct target features and who asks for a value there, by ``on_conflict``."""
     asked: Asked = {}
     for i, j in enumerate(coincident(rows, problem.tolerance).tolist()):
         asked.setdefault(j, {}).setdefault(origin[i][0], i)
@@ -85,6 +140,13 @@ def select(problem: Problem, factor: Tensor) -> Constraints:
         _check_shared(problem, rows, origin, asked, shared)
         for j in shared:  # they agree: the first speaks for all
             asked[j] = dict([next(iter(asked[j].items()))])
+    return asked
+
+
+def _independent(
+    problem: Problem, factor: Tensor, rows: Tensor, origin: list[tuple[int, int]], asked: Asked
+) -> list[int]:
+    """The distinct features that are in nobody's span; the others must ask for nothing new."""
     candidates = list(asked)
     whitened = torch.linalg.solve_triangular(factor, rows[candidates].T, upper=False)
     kept = [candidates[i] for i in independent(whitened)]
@@ -93,18 +155,7 @@ def select(problem: Problem, factor: Tensor) -> Constraints:
     dependent = [j for j in candidates if j not in set(kept)]
     if dependent and len({n for by_concept in asked.values() for n in by_concept}) > 1:
         _check_dependent(problem, factor, rows, origin, asked, kept, dependent)
-    sources = {i for j in kept for i in asked[j].values()}
-    dropped: list[list[int]] = [[] for _ in problem.features]
-    for i, (n, row) in enumerate(origin):
-        if i not in sources:
-            dropped[n].append(row)
-    members = [[k for k, j in enumerate(kept) if n in asked[j]] for n in range(len(problem.features))]
-    return Constraints(
-        rows=torch.tensor(kept, device=rows.device),
-        members=[torch.tensor(m, dtype=torch.long, device=rows.device) for m in members],
-        shares=torch.tensor([len(asked[j]) for j in kept], dtype=torch.float64, device=rows.device),
-        dropped=dropped,
-    )
+    return kept
 
 
 def coincident(rows: Tensor, tolerance: float) -> Tensor:
@@ -121,17 +172,12 @@ def coincident(rows: Tensor, tolerance: float) -> Tensor:
 
 
 def independent(columns: Tensor) -> list[int]:
-    """Indices of the columns (E,k) that lie outside the span of those before them, by ``INDEPENDENT``."""
-    k = columns.shape[1]
-    norms = columns.norm(dim=0)
-    if k <= columns.shape[0]:
-        r = torch.linalg.qr(columns, mode="r").R
-        if bool((r.diagonal().abs() > INDEPENDENT * norms).all()):
-            return list(range(k))
-    # Gram-Schmidt, twice, skipping what is dependent. Rare, and k is a few hundred at most.
+    """Indices of the columns (E,k) that lie outside the span of those before them, by ``INDEPENDENT``:
+    Gram-Schmidt, twice, skipping what is dependent. Rare, and k is a few hundred at most.
+    """
     kept: list[int] = []
     q = torch.zeros((columns.shape[0], min(columns.shape)), dtype=columns.dtype, device=columns.device)
-    for i, norm in enumerate(norms.tolist()):
+    for i, norm in enumerate(columns.norm(dim=0).tolist()):
         rest, found = columns[:, i], len(kept)
         for _ in range(2):
             rest = rest - q[:, :found] @ (q[:, :found].T @ rest)
@@ -154,6 +200,12 @@ def _drop(problem: Problem, asked: Asked, shared: list[int]) -> None:
             )
 
 
+def _conflict(problem: Problem, this: tuple[int, int], other: tuple[int, int], difference: float) -> Conflict:
+    (n, row), (m, other_row) = this, other
+    (concept, token), (other_concept, other_token) = problem.label(n, row), problem.label(m, other_row)
+    return Conflict(concept, row, other_concept, other_row, difference, token, other_token)
+
+
 def _check_shared(
     problem: Problem, rows: Tensor, origin: list[tuple[int, int]], asked: Asked, shared: list[int]
 ) -> None:
@@ -170,8 +222,7 @@ def _check_shared(
             other = values[m][:, column]
             gap, size = float((value - other).norm()), float(max(value.norm(), other.norm()))
             if gap > problem.tolerance * size:
-                pair = (problem.names[n], origin[i][1], problem.names[m], origin[k][1])
-                conflicts.append(Conflict(*pair, gap / size))
+                conflicts.append(_conflict(problem, origin[i], origin[k], gap / size))
     if conflicts:
         raise ConflictingConstraintsError(
             conflicts,
@@ -208,9 +259,8 @@ def _check_dependent(
         j, weights = dependent[column], combination[:, column].abs().tolist()
         foreign = [k for k, other in enumerate(kept) if asked[other].keys() != asked[j].keys()]
         partner = kept[max(foreign or range(len(kept)), key=weights.__getitem__)]
-        (n, row), (m, other_row) = origin[j], origin[partner]
         difference = float(gap[column] / sizes[len(kept) + column])
-        conflicts.append(Conflict(problem.names[n], row, problem.names[m], other_row, difference))
+        conflicts.append(_conflict(problem, origin[j], origin[partner], difference))
     if conflicts:
         raise ConflictingConstraintsError(
             conflicts,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 1024  # of C_reg converted to float64 at a time: 6 MB at E = 768, so they stay in cache
-BLOCK_COLUMNS = 192  # of G: only blocks on and below the diagonal are computed
+from .. import _backends
+
 SUSPICIOUS_PIVOT = (
     1e-10  # share of a feature that the ones before it leave unexplained; below, the rank is counted
 )
@@ -30,16 +30,7 @@ class SingularRegularizationError(ValueError):
 
 def gram(features: Tensor) -> Tensor:
     """C_regᵀ C_reg (E,E) float64 of features (T,E)."""
-    width = features.shape[1]
-    result = torch.zeros((width, width), dtype=torch.float64, device=features.device)
-    block = result.new_empty((BLOCK_ROWS, width))  # one for all: fresh memory costs a page fault every 4 KiB
-    for start in range(0, features.shape[0], BLOCK_ROWS):
-        part = features[start : start + BLOCK_ROWS]
-        rows = block[: len(part)].copy_(part)
-        for left in range(0, width, BLOCK_COLUMNS):
-            right = min(width, left + BLOCK_COLUMNS)
-            result[left:right, :right].addmm_(rows[:, left:right].T, rows[:, :right])
-    return result.tril() + result.tril(-1).T
+    return _backends.for_weights("merge", features=features).gram(features)
 
 
 def factorize(matrix: Tensor, rows: int, ridge: float | str) -> tuple[Tensor, float]:

@@ -1,22 +1,19 @@
 """``customdiff::merge_basis``, ``merge_residual``, ``merge_apply`` and ``merge_apply_out``: schema, fake,
 autograd.
 
-The first is the small float64 work; the others stream over the R rows of the weights, in blocks that stay in
-the cache, so that every row of every matrix is read from memory once.
+The first is the small float64 work; the others stream over the R rows of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _backends, _checks
 from .._library import register
-
-BLOCK_ROWS = 512  # on the CPU; a block of the difference is 1.5 MB in float32 at E = 768
 
 
 def _check_basis(factor: Tensor, targets: Tensor) -> None:
@@ -36,8 +33,9 @@ def _basis(factor: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check_basis(factor, targets)
     q, r = torch.linalg.qr(torch.linalg.solve_triangular(factor, targets.T, upper=False))  # Y = L⁻¹Cᵀ = QR
-    d = torch.linalg.solve_triangular(factor, q.T, upper=False, left=False)  # Qᵀ L⁻¹
-    return torch.linalg.solve_triangular(r, d, upper=True).contiguous(), r.contiguous()
+    d = torch.linalg.solve_triangular(factor.T, q, upper=True)  # (Qᵀ L⁻¹)ᵀ: from the left BLAS is quicker
+    basis = torch.linalg.solve_triangular(r.T, d, upper=False, left=False).T
+    return basis.contiguous(), r.contiguous()
 
 
 def _basis_fake(factor: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,12 +76,6 @@ _basis_backward_op = register(  # an operator, for it is not differentiable: r h
 )
 
 
-def _blocks(base: Tensor) -> Iterator[slice]:
-    rows = base.shape[0]
-    step = BLOCK_ROWS if base.device.type == "cpu" else max(rows, 1)
-    return (slice(a, min(rows, a + step)) for a in range(0, rows, step))
-
-
 def _check_rows(base: Tensor, weights: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     _checks.floating("base", base)
     _checks.rank("base", base, "R,E")
@@ -104,11 +96,7 @@ def _residual(base: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     products.
     """
     out = _residual_fake(base, weight, targets)
-    change = out.new_empty((BLOCK_ROWS if base.device.type == "cpu" else base.shape[0], base.shape[1]))
-    for rows in _blocks(base):
-        block = change[: rows.stop - rows.start]
-        torch.sub(weight[rows].to(out.dtype), base[rows].to(out.dtype), out=block)
-        torch.mm(block, targets.T, out=out[rows])
+    _backends.for_weights("merge", base=base).residual(out, base, weight, targets)
     return out
 
 
@@ -148,31 +136,9 @@ def _check_apply(base: Tensor, weights: Sequence[Tensor], targets: Sequence[Tens
     _checks.same_device("basis", basis, "base", base)
 
 
-def _into(
-    out: Tensor, base: Tensor, weights: Sequence[Tensor], targets: Sequence[Tensor], basis: Tensor
-) -> None:
-    """out = W0 + [(W_n - W0) C_nᵀ]_n v: each row of W0 and of every W_n is read once, the result written
-    once.
-    """
-    _check_apply(base, weights, targets, basis)
-    sums, step = basis.dtype, BLOCK_ROWS if base.device.type == "cpu" else base.shape[0]
-    change = basis.new_empty((step, base.shape[1]))
-    residual = basis.new_empty((step, basis.shape[0]))
-    for rows in _blocks(base):
-        count = rows.stop - rows.start
-        old, columns = base[rows].to(sums), residual[:count].split([t.shape[0] for t in targets], 1)
-        for weight, target, column in zip(weights, targets, columns, strict=True):
-            torch.sub(weight[rows].to(sums), old, out=change[:count])
-            torch.mm(change[:count], target.T, out=column)
-        if out.dtype is sums:
-            torch.addmm(old, residual[:count], basis, out=out[rows])
-        else:
-            out[rows].copy_(torch.addmm(old, residual[:count], basis))
-
-
 def _apply(base: Tensor, weights: list[Tensor], targets: list[Tensor], basis: Tensor) -> Tensor:
-    out = torch.empty_like(base, memory_format=torch.contiguous_format)
-    _into(out, base, weights, targets, basis)
+    out = _apply_fake(base, weights, targets, basis)
+    _backends.for_weights("merge", base=base).apply(out, base, weights, targets, basis)
     return out
 
 
@@ -218,7 +184,7 @@ register(
 
 def _apply_(out: Tensor, base: Tensor, weights: list[Tensor], targets: list[Tensor], basis: Tensor) -> None:
     _check_out(out, base, weights, targets, basis)
-    _into(out, base, weights, targets, basis)
+    _backends.for_weights("merge", base=base).apply(out, base, weights, targets, basis)
 
 
 def _check_out(

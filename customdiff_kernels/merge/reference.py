@@ -1,4 +1,6 @@
-"""Custom Diffusion's eq. 4-5 as printed, in float64: what the solver is tested against."""
+"""Custom Diffusion's eq. 4-5 as printed, in float64: what the solver is tested against; and the solver's
+passes over the data in plain PyTorch, for devices without kernels for them.
+"""
 
 from __future__ import annotations
 
@@ -37,3 +39,24 @@ def merge_lagrange_reference(
     system = torch.cat([torch.cat([gram, c.T], 1), torch.cat([c, c.new_zeros(s, s)], 1)])
     right = torch.cat([c.new_zeros(e, len(w0)), (values - w0 @ c.T).T])
     return w0 + torch.linalg.solve(system, right)[:e].T
+
+
+def residual(out: Tensor, base: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """out = (W_n - W0) C_nᵀ (R,s). base, weight (R,E), targets (s,E) of out's dtype."""
+    torch.mm(weight.to(out.dtype) - base.to(out.dtype), targets.T, out=out)
+
+
+def apply(
+    out: Tensor, base: Tensor, weights: Sequence[Tensor], targets: Sequence[Tensor], basis: Tensor
+) -> None:
+    """out = W0 + [(W_n - W0) C_nᵀ]_n v (R,E), in the dtype of basis (Σs,E), rounded once; may be ``base``."""
+    old = base.to(basis.dtype)
+    change = [(w.to(basis.dtype) - old) @ t.T for w, t in zip(weights, targets, strict=True)]
+    out.copy_(torch.addmm(old, torch.cat([old[:, :0], *change], 1), basis))
+
+
+def gram(features: Tensor) -> Tensor:
+    """C_regᵀ C_reg (E,E) float64 of features (T,E), symmetric to the last bit."""
+    c_reg = features.double()
+    product = c_reg.T @ c_reg
+    return product.tril() + product.tril(-1).T

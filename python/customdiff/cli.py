@@ -1,4 +1,4 @@
-"""The command line: ``customdiff train | sample | merge | compress | inspect``."""
+"""The command line: ``customdiff train | sample | merge | compress | convert | inspect``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog in the snow"
   customdiff merge dog.safetensors cat.safetensors --output both.safetensors
   customdiff compress dog.safetensors --energy 0.6 --output small.safetensors
+  customdiff convert delta.bin --to customdiff --base sd15/ --output dog.safetensors
   customdiff inspect small.safetensors
 """
 SAMPLE_EXAMPLES = """A --concept serves the --prompt before it; one that stands before all prompts serves each
@@ -56,6 +57,15 @@ INSPECT_EXAMPLES = """A segment's energy is its share of the sum of all singular
 examples:
   customdiff inspect dog.safetensors
   customdiff inspect dog.safetensors --plot singular_values.png
+"""
+CONVERT_EXAMPLES = """Any format is read and known by its content; docs/formats.md says what each holds.
+customdiff, delta.bin and compvis are one file; diffusers, lora, kohya and webui a folder.
+
+examples:
+  customdiff convert delta.bin --to customdiff --base sd15/ --output dog.safetensors
+  customdiff convert dog.safetensors --to diffusers --base sd15/ --output dog_diffusers/
+  customdiff convert small.safetensors --to lora --output dog_lora/
+  customdiff convert dog.safetensors --to webui --checkpoint v1-5-pruned.safetensors --output dog_webui/
 """
 OPTIONAL = (
     "PIL",
@@ -163,6 +173,15 @@ def parser() -> argparse.ArgumentParser:
         "--ridge", type=_ridge, default=1e-6, help="of the solver: a share, or auto (default: 1e-6)"
     )
     merge.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    cache = merge.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where the captions' part is kept for the next merge (default: customdiff/ in the cache home)",
+    )
+    cache.add_argument("--no-cache", action="store_true", help="neither look there nor keep it")
+    merge.add_argument("--json", action="store_true", help="print the report as JSON")
+    merge.add_argument("--quiet", action="store_true", help="show no progress bar")
     _add_base(merge)
 
     compress = command(
@@ -180,6 +199,28 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     compress.add_argument("--json", action="store_true", help="print JSON")
     compress.add_argument("--quiet", action="store_true", help="show no progress bar")
+
+    convert = command("convert", _convert, "Write a concept in another file format.", CONVERT_EXAMPLES)
+    convert.add_argument("concept", metavar="IN", help="a concept file, or folder, of any format")
+    convert.add_argument(
+        "--to",
+        required=True,
+        choices=("customdiff", "delta.bin", "compvis", "diffusers", "lora", "kohya", "webui"),
+        help="the format to write",
+    )
+    convert.add_argument("--output", required=True, help="the file or folder to write")
+    convert.add_argument(
+        "--base", help="pipeline folder of the base model, where a change becomes weights or the reverse"
+    )
+    convert.add_argument(
+        "--checkpoint", metavar="FILE", help="for webui: the base model as one .safetensors or .ckpt file"
+    )
+    convert.add_argument(
+        "--kv-only", action="store_true", help="leave out what the input changes beside keys and values"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    convert.add_argument("--quiet", action="store_true", help="do not say what is being done")
+    convert.add_argument("--json", action="store_true", help="print JSON")
 
     inspect = command("inspect", _inspect, "Show what a concept file holds.", INSPECT_EXAMPLES)
     inspect.add_argument("concept", metavar="FILE", help="the concept file")
@@ -258,6 +299,7 @@ def _merge(options: argparse.Namespace) -> None:
     from .concept import Concept
     from .data import read_captions
     from .merging import merge, renamed
+    from .regularization import cache_folder
 
     output = _free(options)
     loaded = [Concept.load(_file(name)) for name in options.concepts]
@@ -278,9 +320,22 @@ def _merge(options: argparse.Namespace) -> None:
         together=options.together,
         padding=options.padding,
         ridge=options.ridge,
+        cache=None if options.no_cache else options.cache or cache_folder(),
+        progress=not options.quiet,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     merged.save(output)
+    if options.json:
+        found = {
+            "output": str(output),
+            "bytes": output.stat().st_size,
+            "modifier_tokens": list(merged.modifier_tokens),
+            "renamed": [{"file": options.concepts[i], "old": old, "new": new} for i, old, new in changes],
+            "residual": {name: rows.tolist() for name, rows in report.residual.items()},
+        }
+        names = "drift concept_drift gram_condition constraint_condition ridge dropped".split()
+        print(json.dumps(found | {name: getattr(report, name) for name in names}, indent=2))
+        return
     for index, old, new in changes:
         print(f"{old} of {options.concepts[index]} is called {new} in the merge")
     residual = max(float(rows.max()) for rows in report.residual.values())
@@ -297,10 +352,16 @@ def _compress(options: argparse.Namespace) -> None:
     import customdiff_kernels as ck
 
     from .concept import Concept
+    from .converting import size
     from .inspection import compression_table
 
     output = _free(options)
     concept = Concept.load(_file(options.concept))
+    if concept.weights:
+        raise ValueError(
+            f"{options.concept} holds whole weights, not a change of a base: make it one first, with "
+            f"customdiff convert {options.concept} --to customdiff --base DIR --output FILE"
+        )
     with _bar("compressing", concept.delta, options.quiet) as bar:
         delta, report = ck.compress(
             concept.delta,
@@ -311,7 +372,7 @@ def _compress(options: argparse.Namespace) -> None:
             report=True,
             progress=bar.update,
         )
-    before = Path(options.concept).stat().st_size  # which --output may replace
+    before = size(Path(options.concept))  # which --output may replace
     output.parent.mkdir(parents=True, exist_ok=True)
     Concept(delta, concept.modifier_tokens, concept.metadata).save(output)
     after = output.stat().st_size
@@ -322,10 +383,38 @@ def _compress(options: argparse.Namespace) -> None:
     print(f"{output}: {after:,} bytes, {after / before:.1%} of {before:,}")
 
 
+def _convert(options: argparse.Namespace) -> None:
+    from .converting import convert
+
+    output, source = Path(options.output), _file(options.concept)
+    _check_writable(output / "file" if output.is_dir() else output)
+    if output.exists() and not options.overwrite:
+        raise ValueError(f"output {options.output!r} exists; name another, or pass --overwrite")
+    if not (options.quiet or options.json):
+        print(f"reading {source}, writing {options.to} …", file=sys.stderr)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    done = convert(
+        source,
+        output,
+        options.to,
+        base=options.base,
+        checkpoint=options.checkpoint,
+        kv_only=options.kv_only,
+    )
+    if options.json:
+        print(json.dumps(done, indent=2))
+        return
+    if done["left_out"]:
+        print(f"left out: {len(done['left_out'])} other weights, first {done['left_out'][0]}")
+    words = ", ".join(done["modifier_tokens"]) or "no modifier token"
+    print(f"{output}: {done['segments']} segments from {done['read']}, {words}, {done['bytes']:,} bytes")
+
+
 def _inspect(options: argparse.Namespace) -> None:
     import customdiff_kernels as ck
 
     from .concept import Concept
+    from .converting import size
     from .inspection import describe, plotter, table
 
     path = _file(options.concept)
@@ -333,9 +422,10 @@ def _inspect(options: argparse.Namespace) -> None:
         _check_writable(Path(options.plot))
     plot = plotter(Path(options.plot)) if options.plot is not None else None
     concept = Concept.load(path)
-    with _bar("inspecting", concept.delta, options.quiet) as bar:
-        values = ck.singular_values(concept.delta, progress=bar.update) if concept.delta else {}
-    found = describe(concept, path.stat().st_size, values)
+    matrices = concept.delta or concept.weights
+    with _bar("inspecting", matrices, options.quiet) as bar:
+        values = ck.singular_values(matrices, progress=bar.update) if matrices else {}
+    found = describe(concept, size(path), values)
     print(json.dumps(found, indent=2) if options.json else table(found))
     if plot is not None:
         Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
@@ -400,7 +490,7 @@ def _ridge(text: str) -> float | str:
 
 def _file(name: str) -> Path:
     path = Path(name)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"concept file {name!r} does not exist")
     return path
 

@@ -100,23 +100,36 @@ class Concept:
     delta: the change of the K/V weights by segment, {name: (rows,E)} or ck.LowRankDelta.
     modifier_tokens: {word: (E,)}.
     metadata: what JSON can hold; among it ``base_metadata`` of the weights that the delta belongs to.
+    weights: the changed weights themselves in the place of ``delta``, where a file holds these.
     """
 
     delta: Mapping[str, Tensor] | ck.LowRankDelta
     modifier_tokens: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | PathLike) -> Concept:
         """Read a file that ``save`` wrote, or any format that ``ck.load_delta`` knows."""
         found = ck.load_delta(path)
-        return cls(found.delta, dict(found.modifier_tokens), dict(found.metadata))
+        return cls(found.delta, dict(found.modifier_tokens), dict(found.metadata), found.weights)
+
+    def of(self, stack: ck.KVStack) -> Concept:
+        """The concept as a change of ``stack``, whose base it must be (`check_base`); mostly itself."""
+        self.check_base(stack)
+        if not self.weights:
+            return self
+        weights = {name: weight.to(stack.weight.device) for name, weight in self.weights.items()}
+        # the base is checked above, in the dtype of the stack
+        found = ck.LoadedDelta({}, weights=weights).relative_to(stack)
+        return Concept(found.delta, self.modifier_tokens, {**self.metadata, **base_metadata(stack)})
 
     def save(self, path: str | PathLike) -> None:
         """Write a safetensors file, whole or not at all."""
         own = {"format_version", "library_version"}  # written anew with every file
         metadata = {name: value for name, value in self.metadata.items() if name not in own}
-        ck.save_delta(self.delta, path, modifier_tokens=self.modifier_tokens, **metadata)
+        held = ck.LoadedDelta(self.delta, weights=self.weights) if self.weights else self.delta
+        ck.save_delta(held, path, modifier_tokens=self.modifier_tokens, **metadata)
 
     def check_base(self, stack: ck.KVStack) -> None:
         """Raise ck.BaseMismatchError unless ``stack`` holds the very weights that the delta is of."""
@@ -150,7 +163,7 @@ class Concept:
         another base.
         """
         self.check_base(ck.KVStack.from_unet(pipe.unet))
-        if not self.delta and not self.modifier_tokens:
+        if not self.delta and not self.weights and not self.modifier_tokens:
             raise ValueError(
                 "concept has neither a weight delta nor a modifier token: there is nothing to load"
             )
@@ -162,7 +175,8 @@ class Concept:
                     f"modifier token {word} has a row of shape {tuple(row.shape)}; the embeddings of this "
                     f"text encoder have width {table.shape[1]}"
                 )
-        names = ck.apply_delta(pipe.unet, ck.LoadedDelta(self.delta), force=True) if self.delta else []
+        held = ck.LoadedDelta(self.delta, weights=self.weights)
+        names = ck.apply_delta(pipe.unet, held, force=True) if self.delta or self.weights else []
         tokenizer.add_tokens([word for word in self.modifier_tokens if _token_id(tokenizer, word) is None])
         if len(tokenizer) > table.shape[0]:
             encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)

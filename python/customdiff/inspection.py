@@ -17,10 +17,10 @@ def describe(concept: Concept, file_bytes: int, values: Mapping[str, Tensor]) ->
     """Segments (shape, rank, Frobenius norm, energy, bytes), modifier tokens (width, norm), metadata; for
     JSON.
 
-    ``values``: the singular values, ``ck.singular_values(concept.delta)``. A segment's energy is its share of
-    the sum of all segments'.
+    ``values``: the singular values, ``ck.singular_values`` of the delta or the weights. A segment's energy is
+    its share of the sum of all segments'.
     """
-    delta, segments = concept.delta, []
+    delta, segments = concept.delta or concept.weights, []
     factors = delta.factors if isinstance(delta, ck.LowRankDelta) else None
     total = float(sum(found.sum() for found in values.values()))
     for name, found in values.items():
@@ -39,11 +39,12 @@ def describe(concept: Concept, file_bytes: int, values: Mapping[str, Tensor]) ->
         )
     tokens = [
         {"word": word, "width": row.numel(), "norm": float(row.float().norm())}
-        for word, row in concept.modifier_tokens.items()
+        for word, rows in concept.modifier_tokens.items()
+        for row in ([rows] if isinstance(rows, Tensor) else rows)
     ]
     return {
         "file_bytes": file_bytes,
-        "delta": "full" if factors is None else "low rank",
+        "delta": "low rank" if factors is not None else "whole weights" if concept.weights else "full",
         "segments": segments,
         "modifier_tokens": tokens,
         "metadata": dict(concept.metadata),

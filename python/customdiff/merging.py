@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 import customdiff_kernels as ck
 
 from .concept import Concept, Rows, Tokens, base_metadata, encode, mentions, split_words, tokenize
+from .regularization import merge_solver
 from .sampler import project
 
-TEXT_BATCH = 64
 # Text features come out of a layer normalization, so one direction of the text width is all but empty.
 # Without a ridge the answer is large along it, which float32 cannot hold: residuals of 1e-1 instead of 1e-5.
 RIDGE = 1e-6
@@ -34,6 +35,8 @@ def merge(
     ridge: float | str = RIDGE,
     on_conflict: str = "error",
     tolerance: float = 1e-3,
+    cache: str | PathLike[str] | None = None,
+    progress: bool = False,
 ) -> tuple[Concept, ck.MergeReport]:
     """One concept with all modifier tokens: on a concept's own words the merged weights do what its own do.
 
@@ -54,6 +57,8 @@ def merge(
             differences: in a narrow text, leave it to the captions.
         on_conflict, tolerance: as for ``ck.MergeSolver.merge``.
         ridge: as for ``ck.MergeSolver``; the default is below what the captions determine, above rounding.
+        cache: a folder in which the captions' part, which is the long one, is kept for the next merge.
+        progress: show a progress bar over the captions.
 
     Returns:
         The merged concept on the CPU, and the report of how well it keeps the values asked for and what else
@@ -65,14 +70,13 @@ def merge(
     """
     rows = _modifier_tokens(concepts)
     stack = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
-    for concept in concepts:
-        concept.check_base(stack)
+    concepts = [concept.of(stack) for concept in concepts]
     prompts = _target_prompts(concepts, prompts)
     together = [together] if isinstance(together, str) else together
-    pairs = {}
+    pairs: dict[str, Any] = {}
     for concept, texts in zip(concepts, prompts, strict=True):
-        features = target_features(pipeline, texts, concept.modifier_tokens, padding=padding)
-        pairs[str(concept)] = (_weights(stack, concept), features)
+        features, tokens = _targets(pipeline, texts, concept.modifier_tokens, padding)
+        pairs[str(concept)] = (_weights(stack, concept), features, tokens)
     names = list(pairs)
     for concept, texts in zip(concepts, prompts, strict=True) if together else ():
         alone, beside, shift = words_together(pipeline, together, texts, concept.modifier_tokens, rows)
@@ -87,13 +91,12 @@ def merge(
         "prompts": [prompt for texts in prompts for prompt in texts],
     }
     # after the prompts, which may be bad: about 1000 captions are the long part
-    solver = ck.MergeSolver(regularization_features(pipeline, captions), ridge=ridge)
-    alike: dict[str, Any] = {"on_conflict": on_conflict, "tolerance": tolerance}
-    delta = solver.merge(stack, pairs, **alike)
-    report = solver.report(stack, pairs, delta, **alike)
+    solver = merge_solver(pipeline, captions, ridge, cache=cache, progress=progress)
+    report = solver.report(stack, pairs, on_conflict=on_conflict, tolerance=tolerance)
     added = sum(report.concept_drift[name] for name in names)
-    _warn_of_drift(report.drift, added, sum(len(f) for _, f in pairs.values()), stack.weight.shape[1])
-    return Concept(delta.to("cpu"), rows, metadata), report
+    targets = sum(len(features) for _, features, *_ in pairs.values())
+    _warn_of_drift(report.drift, added, targets, stack.weight.shape[1])
+    return Concept(report.merged.to("cpu"), rows, metadata), report
 
 
 def renamed(concepts: Sequence[Concept]) -> tuple[list[Concept], list[tuple[int, str, str]]]:
@@ -119,7 +122,6 @@ def training_prompts(concept: Concept) -> list[str]:
     return [prompt] if prompt else list(concept.modifier_tokens)
 
 
-@torch.no_grad()
 def target_features(pipeline: Any, prompts: Sequence[str], rows: Rows, *, padding: bool = True) -> Tensor:
     """Text features (s,E) that must keep the concept's values: every token from the first modifier token on,
     with `padding` or without.
@@ -127,12 +129,24 @@ def target_features(pipeline: Any, prompts: Sequence[str], rows: Rows, *, paddin
     What stands before the modifier token is not among them: a causal text encoder gives "photo of a" the same
     features in every prompt, and they cannot keep two values.
     """
-    features = []
+    return _targets(pipeline, prompts, rows, padding)[0]
+
+
+@torch.no_grad()
+def _targets(pipeline: Any, prompts: Sequence[str], rows: Rows, padding: bool) -> tuple[Tensor, list[str]]:
+    """``target_features``, and the text of each one's token, for errors."""
+    features, texts = [], []
     tokens, context = _encoded(pipeline, "prompts", prompts, rows)
+    named = {(i, position): word for i, position, word in tokens.places}
     for i in range(len(prompts)):
         start = min(position for row, position, _ in tokens.places if row == i)
-        features.append(context[i, start : None if padding else _end(pipeline, tokens.ids[i])])
-    return torch.cat(features)
+        end = _end(pipeline, tokens.ids[i])
+        features.append(context[i, start : None if padding else end])
+        words = [named.get((i, k)) or pipeline.tokenizer.decode(tokens.ids[i, k]) for k in range(start, end)]
+        texts += [word.strip() for word in words]
+        if padding:
+            texts += ["end of text"] + ["padding"] * (len(context[i]) - end - 1)
+    return torch.cat(features), texts
 
 
 @torch.no_grad()
@@ -200,19 +214,6 @@ def _encoded(pipeline: Any, argument: str, prompts: Sequence[str], rows: Rows) -
 def _end(pipeline: Any, ids: Tensor) -> int:
     """The position of the end token, after the words of a prompt."""
     return 1 + int((ids[1:] == pipeline.tokenizer.eos_token_id).long().argmax())
-
-
-@torch.no_grad()
-def regularization_features(pipeline: Any, captions: Sequence[str]) -> Tensor:
-    """Text features (T,E) of ordinary captions: with the padding, without the start token, alike in all."""
-    if not captions:
-        raise ValueError("captions must hold at least one caption to regularize with, got none")
-    features = []
-    for i in range(0, len(captions), TEXT_BATCH):
-        chunk = captions[i : i + TEXT_BATCH]
-        tokens = tokenize(pipeline.tokenizer, chunk, [()] * len(chunk))
-        features.append(encode(pipeline.text_encoder, tokens, [{}] * len(chunk))[:, 1:].flatten(0, 1))
-    return torch.cat(features).float()
 
 
 def _first_prompts(concept: Concept) -> list[str]:
@@ -285,4 +286,4 @@ def _rename(concept: Concept, new: dict[str, str]) -> Concept:
         prompts = ["".join(new[text] if is_word else text for text, is_word in part) for part in parts]
         metadata |= {"prompt": prompts[0], "prompts": prompts}
     rows = {new[word]: row for word, row in concept.modifier_tokens.items()}
-    return Concept(concept.delta, rows, metadata)
+    return Concept(concept.delta, rows, metadata, concept.weights)

@@ -74,8 +74,8 @@ def sample(
         raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
     shape = (pipe.unet.config.in_channels, *_latent_size(pipe, size))
     stack = ck.KVStack.from_unet(pipe.unet)
-    for concept in _distinct(concepts):
-        concept.check_base(stack)
+    known = {id(concept): concept.of(stack) for concept in _distinct(concepts)}
+    concepts = [concept and known[id(concept)] for concept in concepts]
     for prompt, concept in zip(prompts, concepts, strict=True):
         if concept is not None:
             concept.check_prompt(prompt)

@@ -9,11 +9,13 @@
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "common/thread_pool.h"
 #include "cpu/attention.h"
 #include "cpu/eigen.h"
+#include "cpu/low_rank.h"
 
 namespace {
 
@@ -209,6 +211,117 @@ void check_attention(int64_t B, int64_t H, int64_t N, int64_t D, int64_t S, DTyp
   expect_close(moments.sum_of_squares, squares, 1e-9, "sum of squared scores");
 }
 
+// A matrix (rows, columns), row-major or with its columns contiguous.
+Block matrix(DType dtype, int64_t rows, int64_t columns, bool turned = false) {
+  Block block(dtype, {1, 1, rows, columns},
+              turned ? std::vector<int64_t>{0, 1, 3, 2} : std::vector<int64_t>{0, 1, 2, 3});
+  block.fill(normal);
+  return block;
+}
+
+double at(const Block& block, int64_t row, int64_t column) {
+  return block.get(0, 0, row, column);
+}
+
+double tolerance_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 1e-12 : dtype == DType::kFloat32 ? 1e-4 : 3e-2;
+}
+
+// Overlapping, nested and empty terms, factors of every dtype; new and in place.
+void check_low_rank(int64_t R, int64_t E, DType dtype, int threads) {
+  const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat64};
+  Block base = matrix(dtype, R, E, threads == 2), out(dtype, {1, 1, R, E});
+  std::vector<Block> factors;
+  factors.reserve(10);
+  ck::LowRankSum sum;
+  sum.base = base.tensor, sum.out = out.tensor;
+  const int64_t parts[][3] = {
+      {0, R, 3}, {R / 3, R / 2, 16}, {R / 2, 0, 5}, {0, R / 2, 0}, {R - R / 4, R / 4, 1}};
+  for (const auto& [start, rows, rank] : parts) {
+    const DType kind = dtypes[factors.size() / 2 % 3];
+    factors.push_back(matrix(kind, rows, rank, rank == 16));
+    factors.push_back(matrix(kind, rank, E, rank == 1));
+    sum.terms.push_back(
+        {factors[factors.size() - 2].tensor, factors.back().tensor, start, rank == 3 ? 1 : -0.5});
+  }
+  Block wanted(DType::kFloat64, {1, 1, R, E});
+  wanted.for_each([&](int64_t, int64_t, int64_t i, int64_t j) {
+    double x = at(base, i, j);
+    for (size_t t = 0; t < sum.terms.size(); ++t) {
+      const auto& [start, rows, rank] = parts[t];
+      if (i < start || i >= start + rows) continue;
+      for (int64_t k = 0; k < rank; ++k)
+        x += sum.terms[t].scale * at(factors[2 * t], i - start, k) * at(factors[2 * t + 1], k, j);
+    }
+    wanted.set(0, 0, i, j, x);
+  });
+  const auto compare = [&](const Block& got) {
+    got.for_each([&](int64_t, int64_t, int64_t i, int64_t j) {
+      expect_close(at(got, i, j), at(wanted, i, j), tolerance_of(dtype), "low-rank sum");
+    });
+  };
+  ck::low_rank_sum(sum, threads);
+  compare(out);
+  sum.out = base.tensor;
+  ck::low_rank_sum(sum, threads);
+  compare(base);
+  sum.terms[0].start = 1;
+  bool refused = false;
+  try {
+    ck::low_rank_sum(sum, threads);
+  } catch (const std::invalid_argument&) {
+    refused = true;
+  }
+  expect_close(refused, 1, 0, "a term beyond the rows is refused");
+}
+
+void check_merge(int64_t R, int64_t E, DType dtype, int threads) {
+  const DType sums = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const int64_t counts[] = {3, 0, 17}, total = 20;
+  Block base = matrix(dtype, R, E), out(dtype, {1, 1, R, E}), residual(sums, {1, 1, R, total});
+  Block basis = matrix(sums, total, E, threads == 3);
+  std::vector<Block> weights, targets;
+  ck::Merge merge;
+  for (int64_t count : counts) {
+    weights.push_back(matrix(dtype, R, E, count == 3));
+    targets.push_back(matrix(sums, count, E));
+  }
+  for (int n = 0; n < 3; ++n) {
+    merge.weights.push_back(weights[n].tensor);
+    merge.targets.push_back(targets[n].tensor);
+  }
+  merge.base = base.tensor, merge.out = residual.tensor;
+  ck::merge_residual(merge, threads);
+  merge.basis = basis.tensor, merge.out = out.tensor;
+  ck::merge_apply(merge, threads);
+  for (int64_t i = 0; i < R; ++i) {
+    std::vector<double> row(total, 0.0);
+    for (int n = 0, k = 0; n < 3; ++n)
+      for (int64_t t = 0; t < counts[n]; ++t, ++k)
+        for (int64_t j = 0; j < E; ++j)
+          row[k] += (at(weights[n], i, j) - at(base, i, j)) * at(targets[n], t, j);
+    for (int64_t k = 0; k < total; ++k)
+      expect_close(at(residual, i, k), row[k], tolerance_of(sums), "residual");
+    for (int64_t j = 0; j < E; ++j) {
+      double x = at(base, i, j), size = 0;
+      for (int64_t k = 0; k < total; ++k)
+        x += row[k] * at(basis, k, j), size += std::abs(row[k] * at(basis, k, j));
+      expect_close(at(out, i, j), x, tolerance_of(dtype) * (1 + size), "merged");
+    }
+  }
+}
+
+void check_gram(int64_t T, int64_t E, DType dtype, int threads) {
+  const Block features = matrix(dtype, T, E, threads == 2);
+  Block out(DType::kFloat64, {1, 1, E, E});
+  ck::gram(features.tensor, out.tensor, threads);
+  out.for_each([&](int64_t, int64_t, int64_t i, int64_t j) {
+    double x = 0;
+    for (int64_t t = 0; t < T; ++t) x += at(features, t, i) * at(features, t, j);
+    expect_close(at(out, i, j), x, 1e-12 * (1 + T), "gram");
+  });
+}
+
 // Every eigenvalue and half of the eigenvectors of three matrices: A Q = Q diag(λ) for T's own vectors.
 void check_eigen(int64_t n, int threads) {
   Block matrices(DType::kFloat32, {3, 1, n, n}), reflectors(DType::kFloat32, {3, 1, n - 1, n - 1}),
@@ -269,6 +382,14 @@ int main() {
         for (Bias bias : {Bias::kNone, Bias::kFull, Bias::kPerKey, Bias::kPerQuery, Bias::kTable}) {
           check_attention(shape[0], shape[1], shape[2], shape[3], shape[4], dtype, bias, 1 + cases++ % 3);
         }
+      }
+    }
+    for (DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16}) {
+      for (const auto& [rows, width] :
+           {std::pair<int64_t, int64_t>{0, 16}, {1, 1}, {70, 64}, {131, 33}, {9, 112}, {40, 0}}) {
+        check_low_rank(rows, width, dtype, 1 + cases++ % 3);
+        check_merge(rows, width, dtype, 1 + cases++ % 3);
+        check_gram(rows, width, dtype, 1 + cases++ % 3);
       }
     }
   }
