@@ -85,13 +85,13 @@ def fresh(code, *hidden):
 
 def test_help_needs_no_torch():
     code = """
-for command in ("", "train", "sample", "merge", "compress", "convert", "inspect"):
+for command in ("", "train", "sample", "evaluate", "merge", "compress", "convert", "inspect"):
     try:
         main([*command.split(), "--help"])
     except SystemExit as done:
         assert done.code == 0
 """
-    assert fresh(code, "torch").count("usage: customdiff") == 7
+    assert fresh(code, "torch").count("usage: customdiff") == 8
 
 
 def test_after_a_plain_install_a_command_names_the_extra_that_it_needs(root):

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 import tinysd  # noqa: E402
 from customdiff import demo  # noqa: E402
 from customdiff.data import read_captioned, read_pictures  # noqa: E402
-from customdiff.evaluate import Clip, without_modifiers  # noqa: E402
+from customdiff.metrics import Clip, without_modifiers  # noqa: E402
 from tinysd import world  # noqa: E402
 
 

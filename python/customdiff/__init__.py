@@ -7,6 +7,7 @@ _HOME = {  # imported on first use: the command line's --help needs no torch
     "Concept": ".concept",
     "TrainConfig": ".config",
     "encode_prompts": ".concept",
+    "evaluate": ".evaluation",
     "load_base": ".base",
     "match": ".concept",
     "sample": ".sampler",

@@ -29,7 +29,7 @@ def load_base(folder: str | None = None, device: str | None = None) -> Any:
             f"base {str(folder)!r} is no pipeline folder: it has no model_index.json; give a folder that "
             "StableDiffusionPipeline.save_pretrained wrote"
         )
-    place = _device(device)
+    place = usable_device(device)
     with without_bars():
         pipeline = StableDiffusionPipeline.from_pretrained(
             path, safety_checker=None, requires_safety_checker=False, local_files_only=True
@@ -79,7 +79,8 @@ def embedded_captions(count: int = 1000, seed: int = 0) -> list[str]:
     return [world.sample(rng)[1] for _ in range(count)]
 
 
-def _device(name: str | None) -> Any:
+def usable_device(name: Any = None) -> Any:
+    """`name` as a device, by default the GPU where there is one; ValueError if it cannot be used here."""
     import torch  # not above: --help needs no torch
 
     available = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]

@@ -1,4 +1,4 @@
-"""The command line: ``customdiff train | sample | merge | compress | convert | inspect``."""
+"""The command line: ``customdiff train | sample | evaluate | merge | compress | convert | inspect``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import config
+from . import config, evaluate_command
 from .base import silence
 
 EXAMPLES = """examples:
   customdiff train --images my_dog/ --prompts "photo of a <new1> dog" --output dog.safetensors
   customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog in the snow"
+  customdiff evaluate --concept dog.safetensors --pictures my_dog/ --prompts prompts.txt --output scores/
   customdiff merge dog.safetensors cat.safetensors --output both.safetensors
   customdiff compress dog.safetensors --energy 0.6 --output small.safetensors
   customdiff convert delta.bin --to customdiff --base sd15/ --output dog.safetensors
@@ -73,6 +74,7 @@ OPTIONAL = (
     "diffusers",
     "matplotlib",
     "numpy",
+    "torchmetrics",
     "tqdm",
     "transformers",
 )  # not in a plain install
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             package = (error.name or "").partition(".")[0]
             if package not in OPTIONAL:
                 raise
-            extra = "plot" if package == "matplotlib" else "diffusers"
+            extra = {"matplotlib": "plot", "torchmetrics": "evaluation"}.get(package, "diffusers")
             print(
                 f"customdiff {options.command}: error: {options.command} needs {package}: "
                 f'pip install "customdiff_kernels[{extra}]"',
@@ -145,6 +147,15 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to guide away from")
     sample.add_argument("--quiet", action="store_true", help="show no progress bar")
     _add_base(sample)
+
+    evaluate = command(
+        "evaluate",
+        evaluate_command.run,
+        "Draw samples and measure how they follow prompts and the concept's pictures.",
+        evaluate_command.EXAMPLES,
+    )
+    evaluate_command.add_arguments(evaluate)
+    _add_base(evaluate)
 
     merge = command("merge", _merge, "Put several concepts into one file, in closed form.", MERGE_EXAMPLES)
     merge.add_argument("concepts", nargs="+", metavar="FILE", help="two or more concept files of one base")

@@ -27,8 +27,8 @@ from .base import embedded_captions, load_base, silence
 from .concept import Concept
 from .config import TrainConfig
 from .data import read_pictures
-from .evaluate import Clip
 from .merging import merge
+from .metrics import Clip
 from .sampler import sample
 from .sheet import contact_sheet
 from .trainer import train

@@ -1,0 +1,97 @@
+"""The command ``customdiff evaluate``: its options, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLES = """Samples that the output folder holds are not drawn again, so an interrupted evaluation goes on.
+
+examples:
+  customdiff evaluate --concept dog.safetensors --pictures my_dog/ --prompts prompts.txt --category dog \\
+      --output dog_scores/
+  customdiff evaluate --concept both.safetensors --pictures my_dog/ my_cat/ --category dog cat \\
+      --prompts "photo of the {0} and {1}" --output both_scores/
+  customdiff evaluate --pictures my_dog/ --prompts prompts.txt --category dog --output base_scores/
+  customdiff evaluate --samples-from samples/ --pictures my_dog/ --prompts prompts.txt --output scores/
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every option but --base and --device."""
+    add = parser.add_argument
+    add("--concept", nargs="+", default=(), metavar="FILE", help="concept files (default: the base alone)")
+    add(
+        "--pictures",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="the concept's real pictures; for several concepts one folder for each modifier token",
+    )
+    add(
+        "--prompts",
+        nargs="+",
+        default=(),
+        metavar="FILE|TEXT",
+        help="prompts, or files with one a line; {}, or {0} and {1}, stand for the modifier token and its "
+        "category (default: the captions of --samples-from)",
+    )
+    add("--category", nargs="+", default=(), metavar="NOUN", help="what {} means: dog, for a <new1> dog")
+    add("--output", required=True, metavar="DIR", help="for the samples, results.json, .csv, .md, sheet.png")
+    add("--samples", type=int, default=10, help="a prompt; the paper's figures are of 50 (default: 10)")
+    add("--samples-from", metavar="DIR", help="score the pictures of this folder: prompt0_1.png, ...")
+    add(
+        "--modifier-tokens",
+        nargs="+",
+        default=(),
+        metavar="WORD",
+        help="words to take out of the prompts that are scored (default: the concepts', or any <word>)",
+    )
+    add("--clip", metavar="DIR", help="CLIPModel folder to measure with (default: the embedded base's)")
+    add("--dino", metavar="DIR", help="DINO or DINOv2 model folder, for a second image alignment")
+    add("--reference", metavar="DIR", help="real pictures for KID and FID, over CLIP's image embeddings")
+    add("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    add("--guidance", type=float, help="guidance scale (default: 3 for the embedded base, else 6)")
+    add("--eta", type=float, default=0.0, help="0: DDIM; 1: the paper's, the noise of DDPM (default: 0)")
+    add("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    add("--batch-size", type=int, default=8, help="pictures drawn at once (default: 8)")
+    add("--overwrite", action="store_true", help="remove the samples of an earlier evaluation in --output")
+    add("--quiet", action="store_true", help="show no progress bar")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluates and prints the table."""
+    import tinysd
+
+    from .base import load_base, usable_device
+    from .concept import Concept
+    from .evaluation import Sampling, evaluate
+    from .metrics import Clip, Dino
+    from .prompts import read_prompts
+
+    embedded = options.base is None
+    if options.clip is None and not embedded:
+        raise ValueError("--clip is needed with --base: the embedded CLIP knows the embedded base's world")
+    guidance = options.guidance if options.guidance is not None else 3.0 if embedded else 6.0
+    sampling = Sampling(
+        options.samples, options.steps, guidance, options.eta, options.seed, options.batch_size
+    )
+    prompts = read_prompts(options.prompts)
+    concepts = [Concept.load(name) for name in options.concept]
+    device = usable_device(options.device)
+    results = evaluate(
+        prompts,
+        options.pictures,
+        options.output,
+        clip=Clip(options.clip or tinysd.clip_path(), device),
+        dino=Dino(options.dino, device) if options.dino else None,
+        reference=options.reference,
+        pipe=None if options.samples_from else load_base(options.base, device),
+        concepts=concepts,
+        sampling=sampling,
+        samples_from=options.samples_from,
+        modifier_tokens=options.modifier_tokens,
+        categories=options.category,
+        overwrite=options.overwrite,
+        progress=not options.quiet,
+    )
+    print(results.markdown())
