@@ -365,9 +365,17 @@ def test_samples_of_an_unknown_configuration_are_refused(root, pipe, clip, tmp_p
 
 def test_drawn_samples_score_the_same_when_they_exist(root, pipe, clip, tmp_path):
     found = draw(root, pipe, clip, tmp_path / "out")
-    again = evaluate(
-        PROMPTS, [root / "dog"], tmp_path / "again", clip=clip, samples_from=tmp_path / "out" / "samples"
-    )
+    before = files(tmp_path / "out")
+    for output in (tmp_path / "again", tmp_path / "out"):
+        again = evaluate(
+            PROMPTS,
+            root / "dog",
+            output,
+            clip=clip,
+            samples_from=tmp_path / "out" / "samples",
+            overwrite=True,
+        )
+    assert files(tmp_path / "out") == before, "what is to be scored is not removed"
     assert again.summary == pytest.approx(found.summary, abs=1e-6)
     assert [row.samples for row in again.rows] == [3, 3, 3]
 

@@ -58,8 +58,8 @@ class Sampling:
 
 
 def evaluate(
-    prompts: Sequence[str],
-    pictures: Sequence[str | Path],
+    prompts: str | Sequence[str],
+    pictures: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     clip: Clip,
@@ -96,7 +96,8 @@ def evaluate(
         raise ValueError("give either pipe, to draw samples, or samples_from, a folder that holds them")
     output, sampling = Path(output), sampling or Sampling()
     words = list(modifier_tokens) or list(dict.fromkeys(w for c in concepts for w in c.modifier_tokens))
-    prompts = fill(prompts, words, categories)
+    prompts = fill([prompts] if isinstance(prompts, str) else prompts, words, categories)
+    pictures = [pictures] if isinstance(pictures, (str, Path)) else pictures
     samples: list[Sample] = []
     configuration: dict[str, Any]
     if samples_from is not None:
@@ -120,13 +121,9 @@ def evaluate(
     scores, summary, scales = score(samples, texts, targets, clip, dino, references)
     counts = [sum(index == i for _, index in samples) for i in range(len(prompts))]
     rows = [Row(*row) for row in zip(prompts, texts, counts, scores, strict=True)]
-    measured = {
-        "clip": clip.name,
-        "dino": dino and dino.name,
-        "pictures": [str(folder) for folder in pictures],
-    }
-    measured["reference"] = reference and str(reference)
-    results = Results(rows, summary, scales, configuration | measured, _versions(reference is not None))
+    configuration |= {"clip": clip.name, "dino": dino and dino.name, "pictures": list(map(str, pictures))}
+    configuration["reference"] = reference and str(reference)
+    results = Results(rows, summary, scales, configuration, _versions(reference is not None))
     results.save(output)
     _draw_sheet(output / "sheet.png", targets, prompts, samples)
     return results
@@ -243,7 +240,8 @@ def _claim(output: Path, configuration: dict[str, Any], overwrite: bool) -> None
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {str(output)!r} is a file; name a folder")
     file, wanted = output / "configuration.json", json.loads(json.dumps(configuration))
-    held = list((output / "samples").glob("prompt*_seed*.png"))
+    drawn_here = "samples_from" not in configuration  # else what lies in samples/ may be what is to be scored
+    held = list((output / "samples").glob("prompt*_seed*.png")) if drawn_here else []
     if overwrite:
         for path in held:
             path.unlink()
