@@ -65,8 +65,10 @@ def load_text_encoder(
             f"{str(encoder)!r} holds {name}, which is no CLIP text encoder; name a folder of one with clip"
         )
     place = _device(device)
+    parent = getattr(transformers, name)
+    reader = type(name, (parent,), {"_keys_to_ignore_on_load_unexpected": [r"^vision|^visual|^logit_scale"]})
     with without_bars():
-        model = getattr(transformers, name).from_pretrained(encoder, local_files_only=True)
+        model = reader.from_pretrained(encoder, local_files_only=True)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(words, local_files_only=True)
     return tokenizer, model.float().eval().to(place)
 

@@ -41,8 +41,8 @@ TRAIN_EXAMPLES = """examples:
   customdiff train --images my_cat/ --prompts "photo of a <new2> cat" "a <new2> cat" \\
       --modifier-token "<new2>" --initializer-token pll --output cat.safetensors
 """
-RETRIEVE_EXAMPLES = """Captions are read from a .txt beside each picture, captions.csv/.jsonl, metadata.csv/.jsonl, or
-Parquet files (columns caption or text; image, or a path). Duplicates and what cannot be read are left out.
+RETRIEVE_EXAMPLES = """Captions stand in a .txt beside each picture, captions.csv or .jsonl, metadata.csv or
+.jsonl, or Parquet files (columns caption or text; image, or a path). Duplicates are left out.
 
 examples:
   customdiff retrieve --images laion/ --prompts "photo of a <new1> dog" --output other_dogs/

@@ -2,7 +2,8 @@
 
 Custom Diffusion, section 3.2: 200 pictures whose captions have a cosine similarity above 0.85 with the prompt
 in CLIP's text space. Captions are compared after CLIP's own normalisation (lower case, single spaces), each
-one is encoded once, and its features are kept on disk, where every later search scans them in one pass.
+one is encoded once, and its features are kept on disk. A search is one exact pass over that file, so a set
+larger than memory needs no index: encoding it takes far longer than any number of passes.
 """
 
 from __future__ import annotations
