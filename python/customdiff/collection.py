@@ -37,13 +37,11 @@ class Collection:
 
     def __init__(self, root: str | Path):
         root = Path(root)
-        self._open: tuple[Any, Any] = (None, None)  # the rows read last, and which these are
-        rows, files = [], {}
+        self._open: tuple[Any, Any] = (None, None)  # the row group read last: which, and its pictures
         if root.is_dir():
             rows, files = _walk(root)
         elif root.suffix.lower() == ".parquet" and root.is_file():
-            held, named = _parquet(root, required=True)
-            rows, files = held, named
+            rows, files = _parquet(root, required=True)
         else:
             raise ValueError(
                 f"images {str(root)!r} is neither a folder nor a .parquet file; give captioned pictures"
@@ -110,8 +108,8 @@ def _walk(root: Path) -> tuple[list[Entry], dict[Path, str]]:
 def _parquet(path: Path, required: bool = False) -> tuple[list[Entry], dict[Path, str]]:
     """The pictures inside of a Parquet file, and {file: caption} of those that it names.
 
-    One that has not both columns yields nothing, unless it is `required`: img2dataset puts such files beside
-    the pictures.
+    Without columns of both kinds, as in img2dataset's tables beside pictures, there are none; an error if
+    `required`.
     """
     try:
         import pyarrow as pa

@@ -3,7 +3,7 @@
 Custom Diffusion, section 3.2: 200 pictures whose captions have a cosine similarity above 0.85 with the prompt
 in CLIP's text space. Captions are compared after CLIP's own normalisation (lower case, single spaces), each
 one is encoded once, and its features are kept on disk. A search is one exact pass over that file, so a set
-larger than memory needs no index: encoding it takes far longer than any number of passes.
+larger than memory needs no index: an exact one, as faiss has, would make the same pass, and in memory.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def _copy(
             try:
                 stored = collection.read(entry)
                 with Image.open(io.BytesIO(stored)) as image:
-                    image.verify()  # as the trainer will
+                    image.verify()  # as data.picture_paths will
                 with Image.open(io.BytesIO(stored)) as image:
                     picture, suffix = data.upright_rgb(image), SUFFIXES.get(image.format or "")
             except data.UNREADABLE as error:
