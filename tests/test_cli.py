@@ -68,7 +68,8 @@ def test_help_names_every_command_and_every_option_of_the_trainer():
     done = subprocess.run([sys.executable, "-m", "customdiff", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert all(
-        name in done.stdout for name in ("train", "sample", "merge", "compress", "inspect", "examples:")
+        name in done.stdout
+        for name in ("train", "retrieve", "sample", "merge", "compress", "inspect", "examples:")
     )
     train = next(a for a in cli.parser()._actions if a.dest == "command").choices["train"].format_help()
     for name in TrainConfig.__dataclass_fields__:

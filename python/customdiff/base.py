@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +20,7 @@ def load_base(folder: str | None = None, device: str | None = None) -> Any:
     """
     from diffusers import StableDiffusionPipeline
 
-    if folder is None:
-        import tinysd
-
-        folder = tinysd.path()
-    path = Path(folder)
-    if not (path / "model_index.json").is_file():
-        raise ValueError(
-            f"base {str(folder)!r} is no pipeline folder: it has no model_index.json; give a folder that "
-            "StableDiffusionPipeline.save_pretrained wrote"
-        )
+    path = _pipeline_folder(folder)
     place = usable_device(device)
     with without_bars():
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -38,6 +30,47 @@ def load_base(folder: str | None = None, device: str | None = None) -> Any:
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.float()
     return pipeline.to(place)
+
+
+def load_text_encoder(
+    folder: str | None = None, clip: str | None = None, device: str | None = None
+) -> tuple[Any, Any]:
+    """(tokenizer, CLIP text encoder in float32) in whose space texts are compared; loads nothing else.
+
+    `clip`: a saved ``CLIPModel`` or ``CLIPTextModelWithProjection`` with its tokenizer. Without one it is the
+    text encoder of the pipeline `folder`, the second where there are two, which has a projection. That of the
+    embedded base has not learned which texts are alike; the CLIP pair that comes with it is taken instead.
+
+    Raises:
+        ValueError: if there is no such folder, its text encoder is no CLIP, or `device` cannot be used here.
+    """
+    import transformers
+
+    if clip is None and (folder is None or is_embedded(folder)):
+        import tinysd
+
+        clip = tinysd.clip_path()
+    if clip is not None:
+        encoder = words = Path(clip)
+    else:
+        path = _pipeline_folder(folder)
+        second = "_2" if (path / "text_encoder_2").is_dir() else ""
+        encoder, words = path / f"text_encoder{second}", path / f"tokenizer{second}"
+    if not (encoder / "config.json").is_file():
+        raise ValueError(f"{str(encoder)!r} holds no text encoder: it has no config.json")
+    name = (json.loads((encoder / "config.json").read_text()).get("architectures") or ["no model"])[0]
+    name = "CLIPTextModelWithProjection" if name == "CLIPModel" else name  # its half that reads texts
+    if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+        raise ValueError(
+            f"{str(encoder)!r} holds {name}, which is no CLIP text encoder; name a folder of one with clip"
+        )
+    place = usable_device(device)
+    parent = getattr(transformers, name)
+    reader = type(name, (parent,), {"_keys_to_ignore_on_load_unexpected": [r"^vision|^visual|^logit_scale"]})
+    with without_bars():
+        model = reader.from_pretrained(encoder, local_files_only=True)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(words, local_files_only=True)
+    return tokenizer, model.float().eval().to(place)
 
 
 @contextmanager
@@ -77,6 +110,20 @@ def embedded_captions(count: int = 1000, seed: int = 0) -> list[str]:
 
     rng = np.random.default_rng(seed)
     return [world.sample(rng)[1] for _ in range(count)]
+
+
+def _pipeline_folder(folder: str | None) -> Path:
+    """`folder`, which must be a pipeline's; by default the embedded one."""
+    if folder is None:
+        import tinysd
+
+        folder = tinysd.path()
+    if not (Path(folder) / "model_index.json").is_file():
+        raise ValueError(
+            f"base {str(folder)!r} is no pipeline folder: it has no model_index.json; give a folder that "
+            "StableDiffusionPipeline.save_pretrained wrote"
+        )
+    return Path(folder)
 
 
 def usable_device(name: Any = None) -> Any:

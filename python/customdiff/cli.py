@@ -1,4 +1,4 @@
-"""The command line: ``customdiff train | sample | evaluate | merge | compress | convert | inspect``."""
+"""The command line: ``customdiff COMMAND``, whose ``--help`` names the commands."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .base import silence
 
 EXAMPLES = """examples:
   customdiff train --images my_dog/ --prompts "photo of a <new1> dog" --output dog.safetensors
+  customdiff retrieve --images laion/ --prompts "photo of a <new1> dog" --output other_dogs/
   customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog in the snow"
   customdiff evaluate --concept dog.safetensors --pictures my_dog/ --prompts prompts.txt --output scores/
   customdiff merge dog.safetensors cat.safetensors --output both.safetensors
@@ -40,6 +41,14 @@ TRAIN_EXAMPLES = """examples:
   customdiff train --images my_dog/ --prompts "photo of a <new1> dog" --regularization other_dogs/
   customdiff train --images my_cat/ --prompts "photo of a <new2> cat" "a <new2> cat" \\
       --modifier-token "<new2>" --initializer-token pll --output cat.safetensors
+"""
+RETRIEVE_EXAMPLES = """Captions stand in a .txt beside each picture, captions.csv or .jsonl, metadata.csv or
+.jsonl, or Parquet files (columns caption or text; image, or a path). Duplicates are left out.
+
+examples:
+  customdiff retrieve --images laion/ --prompts "photo of a <new1> dog" --output other_dogs/
+  customdiff retrieve --images laion.parquet --prompts "a dog" "a puppy" --threshold 0.8 --output other_dogs/
+  customdiff train --images my_dog/ --prompts "photo of a <new1> dog" --regularization other_dogs/
 """
 MERGE_EXAMPLES = """Modifier tokens that two files share are renamed, and the new names are printed.
 
@@ -127,6 +136,45 @@ def parser() -> argparse.ArgumentParser:
     config.add_arguments(train)
     train.add_argument("--quiet", action="store_true", help="show no progress bar")
 
+    retrieve = command(
+        "retrieve", _retrieve, "Find regularization pictures in a captioned collection.", RETRIEVE_EXAMPLES
+    )
+    retrieve.add_argument(
+        "--images", required=True, metavar="PATH", help="folder of captioned pictures, or a .parquet file"
+    )
+    retrieve.add_argument(
+        "--prompts",
+        nargs="+",
+        required=True,
+        metavar="TEXT",
+        help="what the captions are to say; <new1> and the like are taken out",
+    )
+    retrieve.add_argument("--output", required=True, help="the folder to write")
+    retrieve.add_argument(
+        "--threshold",
+        type=float,
+        default=0.85,
+        help="least cosine of a caption and a prompt in CLIP's text space (default: 0.85)",
+    )
+    retrieve.add_argument("--count", type=_positive, default=200, help="the most pictures (default: 200)")
+    retrieve.add_argument(
+        "--modifier-token",
+        nargs="+",
+        default=(),
+        metavar="WORD",
+        help="to take out of the prompts, where it is not written as <new1>",
+    )
+    retrieve.add_argument(
+        "--clip",
+        metavar="DIR",
+        help="folder of a CLIPModel in whose text space to compare (default: the base's text encoder)",
+    )
+    retrieve.add_argument("--overwrite", action="store_true", help="replace an earlier result at --output")
+    _add_cache(retrieve)
+    retrieve.add_argument("--json", action="store_true", help="print the report as JSON")
+    retrieve.add_argument("--quiet", action="store_true", help="show no progress bar")
+    _add_base(retrieve)
+
     sample = command("sample", _sample, "Draw pictures, with concepts or without.", SAMPLE_EXAMPLES)
     sample.add_argument(
         "--prompt", action=_Pair, required=True, metavar="TEXT", help="may be given several times"
@@ -184,13 +232,7 @@ def parser() -> argparse.ArgumentParser:
         "--ridge", type=_ridge, default=1e-6, help="of the solver: a share, or auto (default: 1e-6)"
     )
     merge.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    cache = merge.add_mutually_exclusive_group()
-    cache.add_argument(
-        "--cache",
-        metavar="DIR",
-        help="where the captions' part is kept for the next merge (default: customdiff/ in the cache home)",
-    )
-    cache.add_argument("--no-cache", action="store_true", help="neither look there nor keep it")
+    _add_cache(merge)
     merge.add_argument("--json", action="store_true", help="print the report as JSON")
     merge.add_argument("--quiet", action="store_true", help="show no progress bar")
     _add_base(merge)
@@ -247,6 +289,43 @@ def _train(options: argparse.Namespace) -> None:
     result = train(config.from_arguments(options), progress=not options.quiet)
     size = result.output.stat().st_size
     print(f"{result.output}: {size:,} bytes, {result.seconds:.0f} s, {result.images_per_second:.1f} images/s")
+
+
+def _retrieve(options: argparse.Namespace) -> None:
+    from .regularization import cache_folder
+    from .retrieval import retrieve
+
+    output = Path(options.output)
+    _check_writable(output / "file" if output.is_dir() else output)
+    report = retrieve(
+        options.images,
+        options.prompts,
+        output,
+        threshold=options.threshold,
+        count=options.count,
+        modifier_tokens=options.modifier_token,
+        base=options.base,
+        clip=options.clip,
+        device=options.device,
+        cache=None if options.no_cache else options.cache or cache_folder(),
+        overwrite=options.overwrite,
+        progress=not options.quiet,
+    )
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return
+    pictures = report["pictures"]
+    left = [
+        f"{report[why]} {why.replace('_', ' ')}"
+        for why in ("duplicates", "unreadable", "without_caption")
+        if report[why]
+    ]
+    if left:
+        print(f"left out: {', '.join(left)}")
+    print(
+        f"{output}: {len(pictures)} of {report['reached']} pictures that reach {options.threshold:g}, "
+        f"similarity {pictures[0]['similarity']:.3f} to {pictures[-1]['similarity']:.3f}"
+    )
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -474,6 +553,16 @@ class _Pair(argparse.Action):
 
 def _parser(make: Any, *args: Any, **kwargs: Any) -> argparse.ArgumentParser:
     return make(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where the captions' part is kept for the next time (default: customdiff/ in the cache home)",
+    )
+    cache.add_argument("--no-cache", action="store_true", help="neither look there nor keep it")
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:

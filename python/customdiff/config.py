@@ -36,7 +36,8 @@ class TrainConfig:
     initializer_token: str = option("ktn", help="rare word whose embedding V* starts from; one token")
     regularization: str | None = option(
         None,
-        help="folder of real pictures of the category, captioned (.txt beside each, or captions.csv/.jsonl)",
+        help="folder of real pictures of the category, captioned (.txt beside each, or captions.csv/.jsonl); "
+        "customdiff retrieve makes one",
     )
     prior_weight: float = option(1.0, help="weight of the loss on the regularization pictures")
     caption_dropout: float = option(

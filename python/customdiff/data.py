@@ -20,6 +20,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 SHIFTED_COPIES = 4
 RESIZED_COPIES = 12
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow may raise
 SMALLER, LARGER = (1 / 3, 1.0), (1.2, 1.4)  # of the side; two pictures of three are made smaller
 SMALL = 0.6  # and below it the words say so
 SMALL_WORDS, LARGE_WORDS = ("a far away ", "very small "), ("zoomed in ", "close up ")
@@ -39,16 +40,21 @@ class Latents(NamedTuple):
 
 
 def open_picture(path: Path) -> Image.Image:
-    """An upright RGB picture; transparency is laid over white, 16 bits are scaled to 8."""
+    """An upright RGB picture, as `upright_rgb`; raises ValueError where it cannot be read."""
     with _readable(path), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """`image` upright and in RGB; transparency is laid over white, 16 bits are scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def square(image: Image.Image, resolution: int) -> Image.Image:
@@ -105,11 +111,11 @@ def read_captioned(folder: str | Path) -> tuple[list[Path], list[str]]:
     """
     folder = Path(folder)
     paths = picture_paths(folder)
-    table = _caption_table(folder)
+    table = caption_table(folder)
     captions = []
     for path in paths:
         beside = path.with_suffix(".txt")
-        caption = _text(beside).strip() if beside.is_file() else table.get(path.name, "")
+        caption = read_text(beside).strip() if beside.is_file() else table.get(path.name, "")
         if not caption:
             raise ValueError(
                 f"picture {path.name!r} in {str(folder)!r} has no caption; write it into {beside.name!r}, "
@@ -129,7 +135,7 @@ def read_captions(path: str | Path) -> list[str]:
     if path.suffix in (".csv", ".jsonl"):
         captions = [caption for _, caption in _caption_rows(path)]
     else:
-        captions = [line.strip() for line in _text(path).splitlines()]
+        captions = [line.strip() for line in read_text(path).splitlines()]
     captions = [caption for caption in captions if caption]
     if not captions:
         raise ValueError(f"captions file {str(path)!r} holds no caption; write one a line")
@@ -203,20 +209,22 @@ def encode(vae: Any, pixels: Tensor, batch_size: int = 8) -> Latents:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path.name!r} in {str(path.parent)!r} is not a readable picture ({error}); mend or remove it"
         ) from error
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark; else ValueError."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8 text ({error}); save it as such") from error
 
 
-def _caption_table(folder: Path) -> dict[str, str]:
+def caption_table(folder: Path) -> dict[str, str]:
+    """{file name: caption} of the first of CAPTION_FILES in `folder`; empty where there is none."""
     for name in CAPTION_FILES:
         if (folder / name).is_file():
             return dict(_caption_rows(folder / name))
@@ -236,7 +244,7 @@ def _caption_rows(path: Path) -> list[tuple[str, str]]:
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, row) of a .csv or .jsonl file."""
-    text = _text(path)
+    text = read_text(path)
     if path.suffix == ".csv":
         table = csv.DictReader(io.StringIO(text))
         for row in table:

@@ -45,7 +45,7 @@ def merge_solver(
     if cache is None:
         return ck.MergeSolver(_features(pipeline, ids, progress), ridge=ridge)
     key = {
-        "text encoder": _weights_hash(pipeline.text_encoder),
+        "text encoder": weights_hash(pipeline.text_encoder),
         "captions": hashlib.sha256(ids.numpy().astype(np.int64).tobytes()).hexdigest(),
         "ridge": str(ridge),
     }
@@ -84,7 +84,7 @@ def _features(pipeline: Any, ids: Tensor, progress: bool) -> Tensor:
     return torch.cat(features).float()
 
 
-def _weights_hash(module: torch.nn.Module) -> str:
+def weights_hash(module: torch.nn.Module) -> str:
     """sha256 (hex) of the names, dtypes, shapes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
