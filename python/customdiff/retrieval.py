@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from . import data
 from .base import EMBEDDED, load_text_encoder
 from .collection import Collection, Entry
-from .evaluate import without_modifiers
+from .metrics import without_modifiers
 from .regularization import TEXT_BATCH, weights_hash
 
 THRESHOLD, COUNT = 0.85, 200  # Custom Diffusion, section 3.2

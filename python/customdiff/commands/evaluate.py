@@ -1,9 +1,12 @@
-"""The command ``customdiff evaluate``: its options, and what they call."""
+"""``customdiff evaluate``: draw samples and score them."""
 
 from __future__ import annotations
 
 import argparse
 
+from .common import add_base
+
+SUMMARY = "Draw samples and measure how they follow prompts and the concept's pictures."
 EXAMPLES = """Samples that the output folder holds are not drawn again, so an interrupted evaluation goes on.
 
 examples:
@@ -17,7 +20,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every option but --base and --device."""
     add = parser.add_argument
     add("--concept", nargs="+", default=(), metavar="FILE", help="concept files (default: the base alone)")
     add(
@@ -56,17 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=8, help="pictures drawn at once (default: 8)")
     add("--overwrite", action="store_true", help="remove the samples of an earlier evaluation in --output")
     add("--quiet", action="store_true", help="show no progress bar")
+    add_base(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluates and prints the table."""
     import tinysd
 
-    from .base import load_base, usable_device
-    from .concept import Concept
-    from .evaluation import Sampling, evaluate
-    from .metrics import Clip, Dino
-    from .prompts import read_prompts
+    from ..base import load_base, usable_device
+    from ..concept import Concept
+    from ..evaluation import Sampling, evaluate
+    from ..metrics import Clip, Dino
+    from ..prompts import read_prompts
 
     embedded = options.base is None
     if options.clip is None and not embedded:

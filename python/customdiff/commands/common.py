@@ -1,0 +1,64 @@
+"""What several commands share: options, and looks at files before the work."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def existing(name: str) -> Path:
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(f"concept file {name!r} does not exist")
+    return path
+
+
+def free_output(options: argparse.Namespace) -> Path:
+    output = Path(options.output)
+    check_writable(output)
+    if output.exists() and not options.overwrite:
+        raise ValueError(f"output {options.output!r} exists; name another, or pass --overwrite")
+    return output
+
+
+def check_writable(file: Path) -> None:
+    """Raises before the work what writing `file` would raise after it; makes nothing."""
+    if file.is_dir():
+        raise ValueError(f"output {str(file)!r} is a folder; name a file")
+    nearest = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"output {str(file)!r} cannot be written: {str(nearest)!r} is no folder to write to")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where the captions' part is kept for the next time (default: customdiff/ in the cache home)",
+    )
+    cache.add_argument("--no-cache", action="store_true", help="neither look there nor keep it")
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", help="folder of a Stable Diffusion pipeline (default: the embedded one)")
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def segment_bar(title: str, delta: Any, quiet: bool) -> Any:
+    """A bar over the segments of a delta; none where tqdm is not installed."""
+    try:
+        from tqdm.auto import tqdm
+    except ModuleNotFoundError:
+        return contextlib.nullcontext(argparse.Namespace(update=None))
+    total = len(getattr(delta, "factors", delta))
+    return tqdm(desc=title, total=total, unit="segment", disable=quiet, leave=False, delay=0.5)

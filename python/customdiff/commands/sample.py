@@ -1,0 +1,117 @@
+"""``customdiff sample``: draw pictures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .common import add_base, check_writable, existing, positive
+
+SUMMARY = "Draw pictures, with concepts or without."
+EXAMPLES = """A --concept serves the --prompt before it; one that stands before all prompts serves each
+that names its modifier token or, if it has none, each that no other concept serves. One that serves no prompt
+is an error. All pictures are sampled in one batch.
+
+examples:
+  customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog" --prompt "a cat"
+  customdiff sample --prompt "a <new1> dog" --concept dog.safetensors --prompt "a cup" --count 2
+  customdiff sample --concept dog.safetensors --prompt "a <new1> dog in the snow" --output snow/
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", action=_Pair, required=True, metavar="TEXT", help="may be given several times"
+    )
+    parser.add_argument("--concept", action=_Pair, metavar="FILE", help="concept file of a prompt, or of all")
+    parser.add_argument(
+        "--output", default="sample.png", help="a .png for one sheet of all pictures, else a folder"
+    )
+    parser.add_argument("--count", type=positive, default=4, help="pictures a prompt (default: 4)")
+    parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale (default: 3 for the embedded base, else 6)"
+    )
+    parser.add_argument("--eta", type=float, default=0.0, help="0: DDIM; 1: the noise of DDPM (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)"
+    )
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to guide away from")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    add_base(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..base import load_base
+    from ..sampler import sample
+    from ..sheet import contact_sheet
+
+    output = Path(options.output)
+    sheet = output.suffix.lower() == ".png"
+    check_writable(output if sheet else output / "prompt0.png")
+    shared, pairs = options.pairs
+    prompts = [prompt for prompt, _ in pairs]
+    concepts = _concepts(shared, pairs)
+    pipeline = load_base(options.base, options.device)
+    guidance = options.guidance if options.guidance is not None else (3.0 if options.base is None else 6.0)
+    pictures = sample(
+        pipeline,
+        [prompt for prompt in prompts for _ in range(options.count)],
+        [concept for concept in concepts for _ in range(options.count)],
+        negative_prompt=options.negative_prompt,
+        steps=options.steps,
+        guidance_scale=guidance,
+        eta=options.eta,
+        seeds=[options.seed + k for _ in prompts for k in range(options.count)],
+        progress=not options.quiet,
+    )
+    rows = [(prompt, pictures[i * options.count :][: options.count]) for i, prompt in enumerate(prompts)]
+    if sheet:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(rows, side=max(128, min(512, pictures[0].width))).save(output)
+        print(output)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for i, (_, row) in enumerate(rows):
+        for k, picture in enumerate(row):
+            picture.save(output / f"prompt{i}_seed{options.seed + k}.png")
+    print(f"{output}: {len(pictures)} pictures")
+
+
+class _Pair(argparse.Action):
+    """Collects --prompt and --concept into ``pairs``: (files before any prompt, [(prompt, file or None)])."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, value: Any, flag: str | None = None
+    ) -> None:
+        shared, pairs = getattr(namespace, "pairs", None) or ([], [])
+        if flag == "--prompt":
+            pairs.append((value, None))
+        elif not pairs:
+            shared.append(value)
+        elif pairs[-1][1] is not None:
+            parser.error(f"--concept {value}: the prompt {pairs[-1][0]!r} has one already; merge them first")
+        else:
+            pairs[-1] = (pairs[-1][0], value)
+        namespace.pairs = (shared, pairs)
+        setattr(namespace, self.dest, value)
+
+
+def _concepts(shared: list[str], pairs: list[tuple[str, str | None]]) -> list[Any]:
+    """The concept of each (prompt, its own file); without a file the one of the shared files that fits."""
+    from ..concept import Concept, match
+
+    own = [file for _, file in pairs if file]
+    files = {name: Concept.load(existing(name)) for name in dict.fromkeys([*shared, *own])}
+    common = {name: files[name] for name in shared}
+    matched = match([prompt for prompt, file in pairs if not file], list(common.values()))
+    for name, concept in common.items():
+        if not any(found is concept for found in matched):
+            words = " or ".join(concept.modifier_tokens)
+            why = f"none names its modifier token {words}" if words else "each has another concept"
+            raise ValueError(
+                f"--concept {name} serves no --prompt: {why}; correct a prompt, or leave the file out"
+            )
+    rest = iter(matched)
+    return [files[file] if file else next(rest) for _, file in pairs]
