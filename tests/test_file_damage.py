@@ -232,6 +232,23 @@ def tensor_program(numel: int, shape: tuple[int, ...], stride: tuple[int, ...]) 
     return b"\x80\x02}" + text("unet") + b"}" + text("a.attn2.to_k.weight") + tensor + b"ss."
 
 
+def tower(levels: int) -> bytes:
+    """The pickle of {a tuple of a tuple ... twice: None}, whose hash takes 2**levels steps."""
+    floors = (b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(levels))
+    return b"\x80\x02})q\x00" + b"".join(floors) + b"Ns."
+
+
+def laughs(levels: int) -> list:
+    """A list of 10**levels words, and of a few hundred bytes in a file."""
+    found: list = ["a"]
+    for _ in range(levels):
+        found = [found] * 10
+    return found
+
+
+KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+ENDLESS = "so often that there is no end to it"
+
 HOSTILE = {
     "code in an archive": (lambda made: archive(legacy(Creates(made))), "names posix.system, and is refused"),
     "code in torch.save": (
@@ -267,6 +284,25 @@ HOSTILE = {
         lambda made: archive(b"\x80\x02}q\x00X\x04\x00\x00\x00unetq\x01h\x00s."),
         "not a delta",
     ),
+    "a key that hashes for days": (lambda made: archive(tower(60)), "repeats one tuple without end"),
+    "words without end": (
+        lambda made: _torch_saved({"state_dict": {KEY: torch.ones(2, 2)}, "modifier_token": laughs(12)}),
+        ENDLESS,
+    ),
+    "a name without end": (
+        lambda made: _torch_saved({"string_to_param": {"*": torch.ones(2)}, "name": laughs(12)}),
+        ENDLESS,
+    ),
+    "an embedding beside no matrix": (
+        lambda made: _torch_saved({"state_dict": {KEY: 3, "embed": torch.ones(4)}}),
+        "to_k.weight must be a matrix",
+    ),
+    "another pickle in capitals": (
+        lambda made: archive(
+            legacy({"unet": {}}), {"x/DATA.PKL": b"\x80\x02c__builtin__\nbytearray\nK\x05\x85R."}
+        ),
+        "not of torch.save",
+    ),
     "a header of 10 GB": (lambda made: struct.pack("<Q", 10**10) + b"{" + bytes(100), "header too large"),
 }
 
@@ -285,6 +321,15 @@ def test_hostile_files(what, tmp_path):
     with pytest.raises(ck.DeltaFileError, match=message) as caught:
         ck.load_delta(path)
     assert str(path) in str(caught.value) and not made.exists()
+
+
+def test_values_may_be_shared(tmp_path):
+    """As an optimizer's state shares its numbers; what is refused above is only what has no end."""
+    held = {"unet": {"a.attn2.to_k.weight": torch.ones(2, 3)}}
+    pairs = [(i / 8, i / 9) for i in range(10)]
+    path = tmp_path / "delta.bin"
+    torch.save(held | {"groups": [{"betas": pair} for pair in pairs * 20]}, path)
+    assert ck.load_delta(path).weights.keys() == held["unet"].keys()
 
 
 def test_the_hostile_pickle_would_run(tmp_path):

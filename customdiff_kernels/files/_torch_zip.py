@@ -3,6 +3,8 @@
 It is unpickled by ``torch.load(weights_only=True)`` alone, after the archive was found whole and its pickle
 found to name nothing but tensors and containers. ``weights_only`` by itself runs no code, yet it lets a file
 of a few bytes ask for any amount of memory (``bytearray(10**12)``), and it believes a tensor's declared size.
+What refers to one value many times over is small in the file and of any size to who walks it: it is measured
+before it is hashed, and before it is looked at.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from torch import Tensor
 _KINDS = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _ALLOWED = {
     "collections OrderedDict",
-    "torch Size",
     "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_tensor_v2",
     *(f"torch {kind}Storage" for kind in _KINDS),
 }
+# What a pickle puts into its memo and takes out again at no cost: no tuples, which are hashed as dict keys.
+_CHEAP = {"GLOBAL", "BINUNICODE", "SHORT_BINSTRING", "EMPTY_DICT", "EMPTY_LIST", "REDUCE"}
+_MOST_STEPS = 10**8  # of hashing; seconds
+_MOST_VALUES = 3 * 10**6  # and characters, each counted as often as it is referred to
 
 
 def is_zip(start: bytes) -> bool:
@@ -67,7 +72,8 @@ def _program(path: Path) -> bytes:
                 raise ValueError(f"its records claim more than the file's {size:,} bytes")
             names = [record.filename for record in records]
             pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-            if len(pickles) != 1 or len(set(names)) != len(names):
+            # torch looks records up in either case: of two that differ in that alone it may read the other
+            if len(pickles) != 1 or len({name.lower() for name in names}) != len(names):
                 raise ValueError("it is a zip archive, and not of torch.save")
             if damaged := archive.testzip():
                 raise ValueError(f"its record {damaged!r} does not match its checksum: it is damaged")
@@ -79,8 +85,20 @@ def _program(path: Path) -> bytes:
 
 
 def _check_program(program: bytes) -> None:
+    """It names what is allowed alone, and no tuple in it takes more than ``_MOST_STEPS`` to hash: one that is
+    memoized holds at most what was pushed before it.
+    """
+    steps, sizes, previous = 0, {}, ""
     try:
         for opcode, argument, _ in pickletools.genops(program):
+            steps += 1
+            if opcode.name.endswith("PUT") and previous not in _CHEAP:
+                sizes[argument] = steps
+            elif opcode.name.endswith("GET"):
+                steps += sizes.get(argument, 0)
+            if steps > _MOST_STEPS:
+                raise ValueError("its pickle repeats one tuple without end, and is refused")
+            previous = opcode.name
             if opcode.name in ("GLOBAL", "INST") and argument not in _ALLOWED:
                 raise ValueError(
                     f"it is a pickle that names {str(argument).replace(' ', '.')}, and is refused: of a "
@@ -92,13 +110,15 @@ def _check_program(program: bytes) -> None:
 
 
 def _check_tensors(tree: Any) -> None:
-    """Every tensor is dense and no larger than its bytes in the file, whatever size and stride it claims."""
-    waiting, seen = [tree], set()
+    """The tree ends, and every tensor is dense and no larger than its bytes in the file, whatever size and
+    stride it claims.
+    """
+    waiting, count = [tree], 0
     while waiting:
         value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
+        count += 1 + (len(value) if isinstance(value, str) else 0)
+        if count + len(waiting) > _MOST_VALUES:
+            raise ValueError("it holds one value within itself, or so often that there is no end to it")
         if isinstance(value, Tensor):
             if value.layout is not torch.strided or value.is_quantized:
                 raise ValueError(f"it holds a {value.layout} tensor, and only dense ones are read")
@@ -108,6 +128,7 @@ def _check_tensors(tree: Any) -> None:
                     f"{value.untyped_storage().nbytes():,}"
                 )
         elif isinstance(value, dict):
+            waiting += value
             waiting += value.values()
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple, set)):
             waiting += value

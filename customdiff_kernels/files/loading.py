@@ -165,7 +165,7 @@ def _checked(found: LoadedDelta) -> LoadedDelta:
         found.weights = _matrices(found.weights)
     for word, rows in found.modifier_tokens.items():
         if not isinstance(word, str) or not word:
-            raise TypeError(f"its modifier tokens must be words, got {word!r}")
+            raise TypeError(f"its modifier tokens must be words, got {word and type(word).__name__!r}")
         single = not isinstance(rows, (list, tuple))
         copies = tuple(_row(word, row) for row in ([rows] if single else rows))
         if not copies:

@@ -62,8 +62,10 @@ def parse_compvis(tree: Mapping[str, Any]) -> LoadedDelta | None:
             isinstance(embed, Tensor) and embed.dim() == 1 and matrices
         ):  # published conversions string them up
             first = next(iter(matrices.values()))
-            width = (first["v"] if isinstance(first, Mapping) else first).shape[1]
-            embed = embed.reshape(-1, width)
+            like = first["v"] if isinstance(first, Mapping) else first
+            if not isinstance(like, Tensor) or like.dim() != 2:
+                raise ValueError(f"its {next(iter(matrices))} must be a matrix")
+            embed = embed.reshape(-1, like.shape[1])
         rows: list[Any] = _embeddings("embed", embed, 0)
         whole = False
     else:
@@ -71,8 +73,10 @@ def parse_compvis(tree: Mapping[str, Any]) -> LoadedDelta | None:
         rows = list(zip(*tables, strict=True)) if len(tables) > 1 else sum(tables, [])
         whole = bool(tables) or any("first_stage_model" in name for name in known)
     words = tree.get("modifier_token", [f"<new{i + 1}>" for i in range(len(rows))])
-    if not isinstance(words, list) or len(words) != len(rows) or len(set(map(str, words))) != len(words):
-        raise ValueError(f"its modifier_token must name {len(rows)} words, got {words!r}")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise TypeError("its modifier_token must be a list of words")
+    if len(words) != len(rows) or len(set(words)) != len(words):
+        raise ValueError(f"its modifier_token must name {len(rows)} different words, got {len(words)}")
     found.modifier_tokens = dict(zip(words, rows, strict=True))
     if not whole:  # else all that is not a key or value is taken to be the base model's
         found.left_out = tuple(

@@ -23,7 +23,7 @@ def parse(tree: Mapping[str, Any], stem: str) -> LoadedDelta | None:
     """The modifier tokens in ``tree``, or None. ``stem``: the file's name, where that is the word."""
     if isinstance(parameters := tree.get("string_to_param"), Mapping):
         if not isinstance(word := tree.get("name", stem), str) or not word:
-            raise ValueError(f"its name must be a word, got {word!r}")
+            raise TypeError(f"its name must be a word, got {type(word).__name__}")
         if len(parameters) != 1:
             raise ValueError(f"its string_to_param must hold one embedding, got {len(parameters)}")
         return _loaded({word: _row(word, next(iter(parameters.values())))})
