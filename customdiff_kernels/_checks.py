@@ -72,6 +72,29 @@ def like(name: str, value: Tensor, reference_name: str, reference: Tensor) -> No
     same_device(name, value, reference_name, reference)
 
 
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory between the first and the last element of both meets."""
+    if not a.numel() or not b.numel():
+        return False
+    (first, last), (start, stop) = (
+        (
+            t.data_ptr(),
+            t.data_ptr()
+            + t.element_size() * sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)),
+        )
+        for t in (a, b)
+    )
+    return first <= stop and start <= last
+
+
+def in_place(out: Tensor, base: Tensor) -> None:
+    """``out``, of the shape and dtype of ``base``, is the very same memory or none of it: rows are written
+    while others are still read.
+    """
+    if overlap(out, base) and (out.data_ptr() != base.data_ptr() or out.stride() != base.stride()):
+        raise ValueError("out must be base itself, or share no memory with it; give a tensor of its own")
+
+
 def contiguous_rows(name: str, value: Tensor) -> None:
     """The last dimension has stride 1. All others may have any stride, 0 (expanded) included."""
     if value.shape[-1] > 1 and value.stride(-1) != 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -228,6 +230,33 @@ def test_out_and_in_place():
         reconstruct(stack, delta, out=KVStack(stack.weight, [("all", 0, len(stack.weight))]))
     with pytest.raises(TypeError, match="out must be float32, got float64"):
         reconstruct(stack, delta, out=stack.to(torch.float64))
+    buffer = torch.randn(len(stack.weight) + 1, E)
+    meets = KVStack(buffer[:-1], stack.segments), KVStack(buffer[1:], stack.segments)
+    with pytest.raises(ValueError, match="out must be base itself, or share no memory with it"):
+        reconstruct(meets[0], delta, out=meets[1])
+
+
+@pytest.mark.parametrize(
+    ("scales", "error", "message"),
+    [
+        ("x", TypeError, "scales must be one number for each delta, got str"),
+        (object(), TypeError, "scales must be one number for each delta, got object"),
+        ([None], TypeError, r"scales\[0\] must be a number, got NoneType"),
+        ([math.inf], ValueError, r"scales\[0\] must be finite"),
+        (torch.ones(1, 2), ValueError, r"scales\[0\] must be one number, got shape \(2,\)"),
+        (torch.ones(2), ValueError, "scales must have one number for each of the 1 deltas, got 2"),
+    ],
+)
+def test_bad_scales(scales, error, message):
+    with pytest.raises(error, match=message):
+        reconstruct(base(), low(dict.fromkeys(ROWS, 3)), scales)
+
+
+def test_numpy_s_numbers_are_numbers():
+    stack, delta, np = base(), low(dict.fromkeys(ROWS, 3)), pytest.importorskip("numpy")
+    wanted = reconstruct(stack, delta, 0.5).weight
+    for scales in (np.float32(0.5), np.array([0.5], np.float32)):
+        assert torch.equal(reconstruct(stack, delta, scales).weight, wanted)
 
 
 def test_strided_base_and_factors():

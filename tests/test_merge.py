@@ -18,6 +18,7 @@ from customdiff_kernels.merge import (
     MergeSolver,
     SingularRegularizationError,
     gram,
+    problem,
 )
 from customdiff_kernels.merge.reference import merge_lagrange_reference, merge_reference
 from customdiff_kernels.stack import KVStack
@@ -71,18 +72,27 @@ def test_against_equation_5_and_the_optimality_system(dtype):
 
 @given(
     counts=st.lists(st.integers(1, 5), min_size=1, max_size=4),
-    rows=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    rows=st.lists(st.integers(1, 50), min_size=1, max_size=4),
+    block=st.integers(1, 40),
     seed=st.integers(0, 2**16),
 )
-def test_any_shapes(counts, rows, seed):
+def test_any_shapes_and_blocks(counts, rows, block, seed):
     torch.manual_seed(seed)
     stack = KVStack.from_mapping({f"s{i}": torch.randn(n, E).double() for i, n in enumerate(rows)})
     weights = [tuned(stack) for _ in counts]
     targets = [torch.randn(n, E).double() for n in counts]
     reg = torch.randn(60, E).double()
     exact = merge_reference(stack.weight, [w.weight for w in weights], targets, reg)
-    found = MergeSolver(reg).apply(stack, list(zip(weights, targets, strict=True)))
+    solver, concepts = MergeSolver(reg), list(zip(weights, targets, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(problem, "BLOCK_ROWS", block)
+        found = solver.apply(stack, concepts)
+        report = solver.report(stack, concepts, found)
     torch.testing.assert_close(found.weight, exact, rtol=1e-9, atol=1e-9)
+    size = (stack.weight @ reg.T).norm()
+    drifts = [float(((w.weight - stack.weight) @ reg.T).norm() / size) for w in [found, *weights]]
+    assert [report.drift, *report.concept_drift.values()] == pytest.approx(drifts, rel=1e-9)
+    assert all(float(residual.max()) < 1e-8 for residual in report.residual.values())
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e6, 1e8, 1e10, 1e12])
@@ -253,6 +263,9 @@ def test_base_type_order_and_out():
     for out in (concepts[0][0], KVStack(buffer[1:], stack.segments)):
         with pytest.raises(ValueError, match="out must not share memory with the weights of a concept"):
             solver.apply(stack, concepts, out=out)
+    meets = KVStack(buffer[:-1], stack.segments), KVStack(buffer[1:], stack.segments)
+    with pytest.raises(ValueError, match="out must be base itself, or share no memory with it"):
+        solver.apply(meets[0], [(tuned(stack), torch.randn(3, E))], out=meets[1])
     out = KVStack(torch.empty_like(stack.weight), stack.segments)
     with pytest.raises(ValueError, match="out must be a KVStack"):
         solver.apply(stack, concepts, out=KVStack(stack.weight, [("all", 0, len(stack.weight))]))
@@ -685,6 +698,7 @@ def solve(concepts=None, stack=None, **options):
         ),
         (lambda: MergeSolver(torch.eye(E)).merge(base(), 5), TypeError, "concepts must be a list .* got int"),
         (lambda: solve(on_conflict="ignore"), ValueError, "on_conflict must be one of .* got 'ignore'"),
+        (lambda: solve(tolerance="x"), TypeError, "tolerance must be a number, got str"),
         (lambda: solve(tolerance=2), ValueError, r"tolerance must be in \[0, 1\), got 2"),
         (
             lambda: OPS.merge_apply(

@@ -170,6 +170,12 @@ def test_tiny_and_huge_changes(shape, scale):
     torch.testing.assert_close(found.dense()["x"] / scale, wanted.dense()["x"], rtol=1e-4, atol=1e-6)
 
 
+def test_a_change_whose_squares_are_no_numbers_is_not_lost():
+    for scale in (1e-300, 1e300):
+        found = compress({"x": paper(12, 20).double() * scale}, energy=0.6)
+        assert found.rank("x") == compress({"x": paper(12, 20).double()}, energy=0.6).rank("x")
+
+
 @pytest.mark.parametrize("shape", [(20, 32), (32, 20), (24, 24)])
 def test_kept_singular_values_are_accurate(shape):
     """To 1e-5 of each, down to 1e-11 of the largest: where the Gram matrix has lost them, LAPACK's SVD steps

@@ -165,7 +165,8 @@ def _checked(found: LoadedDelta) -> LoadedDelta:
         found.weights = _matrices(found.weights)
     for word, rows in found.modifier_tokens.items():
         if not isinstance(word, str) or not word:
-            raise TypeError(f"its modifier tokens must be words, got {word and type(word).__name__!r}")
+            got = "an empty one" if word == "" else type(word).__name__
+            raise TypeError(f"its modifier tokens must be words, got {got}")
         single = not isinstance(rows, (list, tuple))
         copies = tuple(_row(word, row) for row in ([rows] if single else rows))
         if not copies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
@@ -81,12 +82,19 @@ def as_deltas(deltas: Delta | Iterable[Delta]) -> list[Delta]:
 def _scales(scales: float | Sequence[float] | Tensor | None, count: int) -> list[float | Tensor | None]:
     if scales is None:
         return [None] * count
-    single = isinstance(scales, (int, float)) or (isinstance(scales, Tensor) and scales.dim() == 0)
+    single = isinstance(scales, numbers.Real) or (isinstance(scales, Tensor) and scales.dim() == 0)
+    if not single and (isinstance(scales, str) or not isinstance(scales, Iterable)):
+        raise TypeError(f"scales must be one number for each delta, got {type(scales).__name__}")
     found: list[float | Tensor | None] = [scales] if single else list(scales)  # type: ignore[arg-type, list-item]
     if len(found) != count:
         raise ValueError(f"scales must have one number for each of the {count} deltas, got {len(found)}")
     for index, scale in enumerate(found):
-        if isinstance(scale, (int, float)) and not math.isfinite(scale):
+        if isinstance(scale, Tensor):
+            if scale.numel() != 1:
+                raise ValueError(f"scales[{index}] must be one number, got shape {tuple(scale.shape)}")
+            continue
+        _checks.number(f"scales[{index}]", scale)
+        if isinstance(scale, numbers.Real) and not math.isfinite(scale):
             raise ValueError(f"scales[{index}] must be finite, got {scale}")
     return found
 

@@ -107,6 +107,7 @@ def _reconstruct_(
     scales: list[float] | None = None,
 ) -> None:
     _check_out(out, base, u, v, starts, scales)
+    _checks.in_place(out, base)
     _into(out, base, u, v, starts, scales)
 
 

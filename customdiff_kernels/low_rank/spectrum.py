@@ -141,7 +141,7 @@ def _scaled(matrix: Tensor, largest: float) -> tuple[Tensor, float]:
     matrix = matrix.to(_checks.sum_dtype(matrix.dtype))
     if largest == 0 or 1e-6 < largest < 1e6:
         return matrix, 1.0
-    scale = 2.0 ** min(-math.frexp(largest)[1], 120)
+    scale = 2.0 ** min(-math.frexp(largest)[1], 1000 if matrix.dtype is torch.float64 else 120)
     return matrix * scale, scale
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -42,7 +43,7 @@ class MergeSolver:
         check_features("reg_features", reg_features)
         if reg_features.requires_grad:
             raise ValueError("reg_features is not differentiated: give reg_features.detach()")
-        if ridge != "auto" and not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
+        if ridge != "auto" and not (isinstance(ridge, numbers.Real) and 0 <= ridge < math.inf):
             raise ValueError(f"ridge must be a number of at least 0 or 'auto', got {ridge!r}")
         matrix = gram.gram(reg_features)
         check_finite("reg_features", matrix.diagonal())  # as they are: a pass over E numbers and not over T·E

@@ -184,6 +184,7 @@ register(
 
 def _apply_(out: Tensor, base: Tensor, weights: list[Tensor], targets: list[Tensor], basis: Tensor) -> None:
     _check_out(out, base, weights, targets, basis)
+    _checks.in_place(out, base)
     _backends.for_weights("merge", base=base).apply(out, base, weights, targets, basis)
 
 

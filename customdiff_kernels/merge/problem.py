@@ -53,6 +53,7 @@ class Problem:
         _checks.same_device("base", stack.weight, "reg_features", factor)
         if on_conflict not in ON_CONFLICT:
             raise ValueError(f"on_conflict must be one of {ON_CONFLICT}, got {on_conflict!r}")
+        _checks.number("tolerance", tolerance)
         if not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
         if not isinstance(concepts, (Mapping, Sequence)):
@@ -199,7 +200,7 @@ class Problem:
         tensors = (out.weight, self.stack.weight, *sources, *factors, *solution.targets)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise ValueError("out= is not differentiable: leave it out, or call within torch.no_grad()")
-        if any(_overlap(out.weight, weight) for weight in sources):
+        if any(_checks.overlap(out.weight, weight) for weight in sources):
             raise ValueError("out must not share memory with the weights of a concept, which are still read")
 
 
@@ -235,19 +236,6 @@ def checked_weights(argument: str, weights: Weights, base: KVStack) -> KVStack |
             f"{argument} is on {weights.device} and base on {base.weight.device}: move one of them"
         )
     return weights
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory between the first and the last element of both meets."""
-    (first, last), (start, stop) = (
-        (
-            t.data_ptr(),
-            t.data_ptr()
-            + t.element_size() * sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)),
-        )
-        for t in (a, b)
-    )
-    return first <= stop and start <= last
 
 
 def _root_of_squares(blocks: Iterable[Tensor]) -> float:
