@@ -2,6 +2,7 @@
 
 "of limit" is the share of the slower of two limits of this run: copy bandwidth (base read and result written)
 and the matrix rate. Up to a rank of some dozens it is memory, for several concepts together arithmetic.
+SDXL is 14 of its 140 matrices, in the proportion of their shapes.
 
     pytest benchmarks/bench_reconstruct.py --benchmark
 """
@@ -13,7 +14,7 @@ import customdiff_kernels as ck
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SD = [320] * 4 + [640] * 4 + [1280] * 10 + [640] * 6 + [320] * 6 + [1280] * 2  # rows of SD 1.x and 2.1
-MODELS = {"sd1": (SD, 768), "sd2": (SD, 1024)}
+MODELS = {"sd1": (SD, 768), "sd2": (SD, 1024), "sdxl, 14 of 140": ([640] * 2 + [1280] * 12, 2048)}
 CASES = {  # ranks from, to; concepts; dtype of weights and factors
     "rank 16": (16, 16, 1, torch.float32),
     "ranks 8 to 64": (8, 64, 1, torch.float32),

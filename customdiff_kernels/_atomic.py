@@ -89,10 +89,10 @@ def _is_dead(process: int) -> bool:
 
 def _exchange(first: Path, second: Path) -> None:
     """Swap two names in one step (Linux; ``os`` has no call for it)."""
-    rename = ctypes.CDLL(None, use_errno=True).renameat2
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     names = os.fsencode(first), os.fsencode(second)
-    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
-        code = ctypes.get_errno()
+    if rename is None or rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        code = ctypes.get_errno() if rename else errno.ENOSYS
         raise OSError(
             code, f"cannot replace a folder here ({os.strerror(code)}); name a new one", str(second)
         )

@@ -23,7 +23,7 @@ import torch
 from file_samples import every_format, sample
 
 import customdiff_kernels as ck
-from customdiff_kernels import _safetensors
+from customdiff_kernels import _atomic, _safetensors
 
 CASES_A_FORMAT = 160
 HALF = {torch.float32: torch.int32, torch.int64: torch.int32, torch.float16: torch.int8}
@@ -375,6 +375,16 @@ def test_a_folder_s_list_stays_in_its_folder(tmp_path):
         _safetensors.write(file, found, {"customdiff": json.dumps(note)})
         with pytest.raises(ck.DeltaFileError, match="lists files beyond its folder"):
             ck.load_delta(path)
+
+
+def test_a_folder_that_cannot_be_exchanged_stays(tmp_path, monkeypatch):
+    """Where the system has no renameat2."""
+    path = ck.save_delta(sample(0).delta, tmp_path / "out", format="lora")
+    before = ck.load_delta(path)
+    monkeypatch.setattr(_atomic.ctypes, "CDLL", lambda *_, **__: object())
+    with pytest.raises(OSError, match="cannot replace a folder here .*; name a new one"):
+        ck.save_delta(sample(1).delta, path, format="lora")
+    assert same(ck.load_delta(path), before) and [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 NURSERY = """

@@ -174,10 +174,11 @@ def test_load_into_says_what_it_did(pipe):
     names = [segment.name for segment in ck.KVStack.from_unet(pipe.unet).segments]
     with pytest.raises(ValueError, match="nothing to load"):
         Concept({}).load_into(pipe)
-    with pytest.raises(
-        ValueError, match="row of shape .31,.; the embeddings of this text encoder have width 32"
-    ):
-        Concept(concept.delta, {"<new1>": torch.zeros(31)}).load_into(pipe)
+    for row, shapes in ((torch.zeros(31), r"\(31,\)"), ((torch.zeros(32),) * 2, r"\(32,\), \(32,\)")):
+        other = Concept(concept.delta, {"<new1>": row}, concept.metadata)
+        for use in (lambda o=other: o.load_into(pipe), lambda o=other: sample(pipe, "a <new1>", o, **FAST)):
+            with pytest.raises(ValueError, match=f"<new1> has embeddings of shape {shapes}; .* of width 32"):
+                use()
     assert "<new1>" not in pipe.tokenizer.get_vocab()
     assert concept.load_into(pipe) == [*names, "<new1>"]
     with pytest.raises(ValueError, match="without another delta in it"):

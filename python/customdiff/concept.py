@@ -66,6 +66,9 @@ def encode(text_encoder: torch.nn.Module, tokens: Tokens, rows: Sequence[Rows]) 
     ids, places = tokens.ids.to(text_encoder.device), tokens.places
     if not places:
         return text_encoder(ids).last_hidden_state
+    width = text_encoder.get_input_embeddings().weight.shape[1]
+    for i, word in {(i, word) for i, _, word in places}:
+        _check_row(word, rows[i][word], width)
     at = torch.tensor([place[:2] for place in places], device=ids.device).unbind(1)
 
     def substitute(module: torch.nn.Module, args: tuple, embedded: Tensor) -> Tensor:
@@ -77,6 +80,16 @@ def encode(text_encoder: torch.nn.Module, tokens: Tokens, rows: Sequence[Rows]) 
         return text_encoder(ids).last_hidden_state
     finally:
         handle.remove()
+
+
+def _check_row(word: str, row: Any, width: int) -> None:
+    """One embedding, and for this text encoder; a file may hold a tuple of them, for as many encoders."""
+    shapes = [tuple(part.shape) for part in (row if isinstance(row, tuple) else (row,))]
+    if shapes != [(width,)]:
+        raise ValueError(
+            f"modifier token {word} has embeddings of shape {', '.join(map(str, shapes))}; it must have one, of "
+            f"width {width} as this text encoder's: the concept is of another base model"
+        )
 
 
 def encode_prompts(pipe: Any, prompts: Sequence[str], rows: Rows | Sequence[Rows]) -> Tensor:
@@ -170,11 +183,7 @@ class Concept:
         tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
         table = encoder.get_input_embeddings().weight
         for word, row in self.modifier_tokens.items():
-            if row.shape != table.shape[1:]:
-                raise ValueError(
-                    f"modifier token {word} has a row of shape {tuple(row.shape)}; the embeddings of this "
-                    f"text encoder have width {table.shape[1]}"
-                )
+            _check_row(word, row, table.shape[1])
         held = ck.LoadedDelta(self.delta, weights=self.weights)
         names = ck.apply_delta(pipe.unet, held, force=True) if self.delta or self.weights else []
         tokenizer.add_tokens([word for word in self.modifier_tokens if _token_id(tokenizer, word) is None])
