@@ -27,6 +27,7 @@ from . import _checks
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 CONTIGUOUS_ROWS = frozenset({"cuda", "triton"})  # they read the head dimension with stride 1, others any
+CANDIDATES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, the first that can run is chosen
 OF_WEIGHTS = {"low_rank": ("cpu", "cuda", "triton"), "merge": ("cpu",)}  # who has kernels of their own
 NO_FLOAT64 = "it takes float32, bfloat16 and float16, got float64; CK_BACKEND=reference takes float64"
 BUILD = "pip install --no-build-isolation -e . in the source folder (or pip install . for a copy)"
@@ -53,7 +54,7 @@ def _choose(device: torch.device, dtype: torch.dtype, forced: str | None, interp
         if refusal:
             raise RuntimeError(f"CK_BACKEND={forced} cannot run: {refusal}")
         return Choice(forced, "CK_BACKEND forces it")
-    candidates = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type)
+    candidates = CANDIDATES.get(device.type)
     if candidates is None:
         raise RuntimeError(f"no backend for {device.type} tensors; CK_BACKEND=reference runs plain PyTorch")
     refusals: list[str] = []
@@ -131,7 +132,8 @@ def for_weights(op: str, **tensors: torch.Tensor) -> ModuleType:
     """
     first = next(iter(tensors.values()))
     forced, narrow = os.environ.get("CK_BACKEND"), first.dtype is not torch.float64
-    own = forced or first.device.type == "cpu" or (first.is_cuda and narrow)
+    known = set(CANDIDATES.get(first.device.type, ())) & set(OF_WEIGHTS[op])
+    own = forced or (known and (narrow or not first.is_cuda))
     name = choose(first.device, first.dtype).name if own else "reference"
     name = name if name in OF_WEIGHTS[op] else "reference"
     if name in CONTIGUOUS_ROWS:

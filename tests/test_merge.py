@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from customdiff_kernels import _backends
 from customdiff_kernels.low_rank import LowRankDelta, compress, reconstruct
 from customdiff_kernels.merge import (
     ConflictingConstraintsError,
@@ -19,6 +21,7 @@ from customdiff_kernels.merge import (
     SingularRegularizationError,
     gram,
     problem,
+    reference,
 )
 from customdiff_kernels.merge.reference import merge_lagrange_reference, merge_reference
 from customdiff_kernels.stack import KVStack
@@ -722,6 +725,22 @@ def solve(concepts=None, stack=None, **options):
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_gpu_without_kernels_of_ours_merges_in_plain_pytorch(monkeypatch):
+    """There are none for a merge, so none are missed; a low-rank sum has some, and says so."""
+    monkeypatch.delenv("CK_BACKEND", raising=False)
+    for missing in ("has_cuda", "has_triton"):
+        monkeypatch.setattr(_backends, missing, lambda: False)
+    _backends._choose.cache_clear()
+    try:
+        with FakeTensorMode():
+            there = torch.empty(4, 4, device="cuda")
+        assert _backends.for_weights("merge", base=there) is reference
+        with pytest.raises(RuntimeError, match="CUDA kernels are not built"):
+            _backends.for_weights("low_rank", base=there)
+    finally:
+        _backends._choose.cache_clear()
 
 
 SDXL = """

@@ -87,8 +87,8 @@ def _check_row(word: str, row: Any, width: int) -> None:
     shapes = [tuple(part.shape) for part in (row if isinstance(row, tuple) else (row,))]
     if shapes != [(width,)]:
         raise ValueError(
-            f"modifier token {word} has embeddings of shape {', '.join(map(str, shapes))}; it must have one, of "
-            f"width {width} as this text encoder's: the concept is of another base model"
+            f"modifier token {word} has embeddings of shape {', '.join(map(str, shapes))}; it must have one, "
+            f"of width {width} as this text encoder's: the concept is of another base model"
         )
 
 
