@@ -293,6 +293,12 @@ HOSTILE = {
         lambda made: _torch_saved({"string_to_param": {"*": torch.ones(2)}, "name": laughs(12)}),
         ENDLESS,
     ),
+    "one tensor a thousand times": (
+        lambda made: _torch_saved(
+            {"unet": dict.fromkeys((f"a{i}.attn2.to_k.weight" for i in range(1000)), torch.ones(100, 100))}
+        ),
+        "its tensors are more than 8 times its",
+    ),
     "an embedding beside no matrix": (
         lambda made: _torch_saved({"state_dict": {KEY: 3, "embed": torch.ones(4)}}),
         "to_k.weight must be a matrix",

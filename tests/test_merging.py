@@ -145,6 +145,14 @@ def test_bad_input(pipe, concepts):
         merge(concepts, pipe, [])
 
 
+@pytest.mark.parametrize("prompts", [5, "a <new2> dog", [5], {"a": 1}])
+def test_a_file_s_prompts_are_texts(pipe, concepts, prompts):
+    concepts[1].metadata["prompts"] = prompts
+    for use in (lambda: merge(concepts, pipe, CAPTIONS), lambda: renamed([concepts[1]])):
+        with pytest.raises(ValueError, match="concept <new2> has prompts .* not a list of texts"):
+            use()
+
+
 def test_renamed_gives_each_concept_a_token_of_its_own(pipe):
     same = [tiny_pipeline.concept(pipe, seed, "<new1>") for seed in range(3)]
     found, changes = renamed(same)

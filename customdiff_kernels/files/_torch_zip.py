@@ -28,6 +28,7 @@ _ALLOWED = {
 _CHEAP = {"GLOBAL", "BINUNICODE", "SHORT_BINSTRING", "EMPTY_DICT", "EMPTY_LIST", "REDUCE"}
 _MOST_STEPS = 10**8  # of hashing; seconds
 _MOST_VALUES = 3 * 10**6  # and characters, each counted as often as it is referred to
+_MOST_TIMES = 8  # the file's bytes
 
 
 def is_zip(start: bytes) -> bool:
@@ -56,7 +57,7 @@ def read(path: Path) -> Any:
         raise ValueError(
             f"torch.load(weights_only=True) refuses it ({type(error).__name__}: {first})"
         ) from error
-    _check_tensors(tree)
+    _check_tensors(tree, path.stat().st_size)
     return tree
 
 
@@ -109,11 +110,11 @@ def _check_program(program: bytes) -> None:
         raise ValueError(f"its pickle is malformed ({error})") from error
 
 
-def _check_tensors(tree: Any) -> None:
-    """The tree ends, and every tensor is dense and no larger than its bytes in the file, whatever size and
-    stride it claims.
+def _check_tensors(tree: Any, size: int) -> None:
+    """The tree ends, every tensor is dense and no larger than its bytes in the file, whatever size and stride
+    it claims, and all together are little more than the file's ``size``: tensors may be tied.
     """
-    waiting, count = [tree], 0
+    waiting, count, claimed = [tree], 0, 0
     while waiting:
         value = waiting.pop()
         count += 1 + (len(value) if isinstance(value, str) else 0)
@@ -127,6 +128,9 @@ def _check_tensors(tree: Any) -> None:
                     f"it holds a tensor that claims {value.nbytes:,} bytes and has "
                     f"{value.untyped_storage().nbytes():,}"
                 )
+            claimed += value.nbytes
+            if claimed > _MOST_TIMES * size:
+                raise ValueError(f"its tensors are more than {_MOST_TIMES} times its {size:,} bytes")
         elif isinstance(value, dict):
             waiting += value
             waiting += value.values()

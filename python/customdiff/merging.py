@@ -117,6 +117,10 @@ def renamed(concepts: Sequence[Concept]) -> tuple[list[Concept], list[tuple[int,
 def training_prompts(concept: Concept) -> list[str]:
     """The prompts that the concept was trained with, or else its modifier tokens alone."""
     if prompts := concept.metadata.get("prompts"):
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(
+                f"concept {concept} has prompts {prompts!r:.80} in its file, not a list of texts"
+            )
         return list(prompts)
     prompt = concept.metadata.get("prompt")
     return [prompt] if prompt else list(concept.modifier_tokens)
