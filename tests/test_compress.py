@@ -237,6 +237,13 @@ def test_factors_carry_no_gradient():
 DELTA = {"a": torch.ones(32, E)}
 
 
+def test_integers_of_numpy_are_integers():
+    numpy = pytest.importorskip("numpy")
+    small, wanted = compress(DELTA, rank=numpy.int64(2)), compress(DELTA, rank=2)
+    assert all(torch.equal(small.factors[n][0], wanted.factors[n][0]) for n in wanted.factors)
+    assert compress(DELTA, max_bytes=numpy.int32(500)).nbytes <= 500
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

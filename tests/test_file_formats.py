@@ -266,6 +266,9 @@ def test_a_webui_checkpoint_is_the_base_s_but_for_keys_and_values(held, tmp_path
         ck.save_delta(
             held.delta, tmp_path / "no", format="webui", checkpoint=base, base_hash=other.base.hash()
         )
+    with pytest.raises(ValueError, match="base must be left out with checkpoint"):
+        ck.save_delta(held.delta, tmp_path / "no", format="webui", checkpoint=base, base=held.base)
+    assert not (tmp_path / "no").exists()
 
 
 def test_lora_as_others_write_it(held, tmp_path):

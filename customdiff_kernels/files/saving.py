@@ -64,6 +64,8 @@ def save_delta(
         raise ValueError(
             "checkpoint must be the base model's file for format='webui', and is for no other format"
         )
+    if checkpoint is not None and base is not None:
+        raise ValueError("base must be left out with checkpoint, whose keys and values are the base's")
     loaded = _checked(delta, modifier_tokens, metadata)
     state: dict[str, Tensor] = {}
     if checkpoint is not None:

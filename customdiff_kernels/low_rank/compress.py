@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Literal, overload
 
 import torch
@@ -155,12 +156,14 @@ def _rule(energy: float | None, rank: int | None, max_bytes: int | None) -> _Rul
             lambda spectrum: energy_is_certain(spectrum.values, energy, spectrum.error),
         )
     if rank is not None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
-        return _Rule(lambda spectra, costs: [min(rank, int((values > 0).sum())) for values in spectra])
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+        most = int(rank)
+        return _Rule(lambda spectra, costs: [min(most, int((values > 0).sum())) for values in spectra])
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, Integral) or max_bytes < 1:
         raise ValueError(f"max_bytes must be a positive integer, got {max_bytes!r}")
-    return _Rule(lambda spectra, costs: budget_ranks(spectra, costs, max_bytes))
+    budget = int(max_bytes)
+    return _Rule(lambda spectra, costs: budget_ranks(spectra, costs, budget))
 
 
 def _accurate_ranks(rule: _Rule, spectra: dict[str, Spectrum], costs: Mapping[str, int]) -> dict[str, int]:
