@@ -102,6 +102,13 @@ def describe_matrix(module: Any, tensor: Tensor) -> Any:
     return tensor.data_ptr(), dtype, (1, 1, *tensor.shape), (0, 0, *tensor.stride())
 
 
+def launch_place(tensor: Tensor) -> tuple[int, int]:
+    """Where a CUDA kernel on the tensor runs: its device and that device's current stream."""
+    if not tensor.is_cuda:  # the kernels themselves on a CPU, in the tests
+        return 0, 0
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
 @cache
 def _dtypes(module: Any) -> dict[torch.dtype, Any]:
     return {dtype: getattr(module.DType, name) for dtype, name in _DTYPES.items()}

@@ -21,8 +21,7 @@ def decaying(rows: int, width: int, dtype=torch.float64, decay: float = 0.8) -> 
 
 def paper(rows: int, width: int, dtype=torch.float32) -> torch.Tensor:
     """What fits the paper's sizes at 60, 40 and 10% of the sum: benchmarks/bench_compress.py."""
-    k = min(rows, width)
-    return with_values(rows, width, (1 + 50 * torch.arange(k).double() / k) ** -1.2, dtype)
+    return with_values(rows, width, SPECTRA["paper"](min(rows, width)), dtype)
 
 
 SPECTRA = {

@@ -128,6 +128,19 @@ Rows<T> padded_rows(const Tensor& matrix, int64_t first, int64_t n, T* room, int
   return {room, padded};
 }
 
+// The sum as rows [first, first + n) of a matrix: written where they lie, or by way of s.out.
+template <class T>
+void write_sum(FactorSum<T> s, const Tensor& matrix, int64_t first, int64_t n, bool stream) {
+  if (!lies_ready<T>(matrix)) {
+    add_factors(s, n);
+    return store_rows(s.out, s.out_row, matrix, 0, 0, first, n, T(1));
+  }
+  s.out = static_cast<T*>(matrix.at(0, 0, first));
+  s.out_row = matrix.stride[2];
+  s.stream = stream;
+  add_factors(s, n);
+}
+
 template <class T>
 void transposed_matrix(const Tensor& matrix, void* target, int64_t padded) {
   const int64_t rows = matrix.size[2], columns = matrix.size[3];
@@ -174,16 +187,8 @@ void low_rank_rows(const LowRankTask& task) {
       m.factors[f] = {next, r, static_cast<const T*>(v.data), v.row, r};
       next += n * r;
     }
-    FactorSum<T> s = {
-        padded_rows(sum.base, row, n, m.block, padded), m.factors, count, m.block, padded, padded};
-    const bool in_place = lies_ready<T>(sum.out);
-    if (in_place) {
-      s.out = static_cast<T*>(sum.out.at(0, 0, row));
-      s.out_row = sum.out.stride[2];
-      s.stream = task.stream;
-    }
-    add_factors(s, n);
-    if (!in_place) store_rows(m.block, padded, sum.out, 0, 0, row, n, T(1));
+    const Rows<T> base = padded_rows(sum.base, row, n, m.block, padded);
+    write_sum<T>({base, m.factors, count, m.block, padded, padded}, sum.out, row, n, task.stream);
   }
   if (task.stream) finish_stream();
 }

@@ -72,15 +72,7 @@ void merge_rows(const MergeTask& task, bool apply) {
       column += target.row;
     }
     if (!apply) continue;
-    FactorSum<T> s = {base, m.factors, count, m.block, padded, padded};
-    const bool in_place = lies_ready<T>(merge.out);
-    if (in_place) {
-      s.out = static_cast<T*>(merge.out.at(0, 0, row));
-      s.out_row = merge.out.stride[2];
-      s.stream = task.stream;
-    }
-    add_factors(s, rows);
-    if (!in_place) store_rows(m.block, padded, merge.out, 0, 0, row, rows, T(1));
+    write_sum<T>({base, m.factors, count, m.block, padded, padded}, merge.out, row, rows, task.stream);
   }
   if (task.stream) finish_stream();
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._native import attention, describe, gradients, module
+from .._native import attention, describe, gradients, launch_place, module
 
 
 def attention_forward(
@@ -28,7 +28,7 @@ def attention_forward(
     native = module()
     call = attention(native, query, key, value, bias, labels, table, scale)
     call.out = describe(native, out)
-    native.cuda_attention_forward(call, *_where(query))
+    native.cuda_attention_forward(call, *launch_place(query))
 
 
 def attention_backward(
@@ -53,7 +53,7 @@ def attention_backward(
     native = module()
     call = attention(native, query, key, value, bias, labels, table, scale)
     gradients(native, call, grad_out, grad_query, grad_key, grad_value, grad_bias, grad_table)
-    device, stream = _where(query)
+    device, stream = launch_place(query)
     size = native.cuda_attention_backward_scratch(call, device)
     scratch = torch.empty(size, dtype=torch.float32, device=query.device)
     native.cuda_attention_backward(call, device, stream, scratch.data_ptr())
@@ -70,17 +70,10 @@ def score_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 def _gram(rows: Tensor) -> tuple[Tensor, Tensor]:
     """xᵀx (B,H,D,D) and Σx (B,H,D) over the rows of x (B,H,rows,D), float64."""
     native = module()
-    device, stream = _where(rows)
+    device, stream = launch_place(rows)
     described, (batch, heads, _, dim) = describe(native, rows), rows.shape
     shape = batch, heads, native.cuda_gram_parts(described, device), dim + 1, dim
     parts = torch.empty(shape, dtype=torch.float32, device=rows.device)
     native.cuda_gram(described, parts.data_ptr(), device, stream)
     total = parts.sum(2, dtype=torch.float64)
     return total[:, :, :dim], total[:, :, dim]
-
-
-def _where(tensor: Tensor) -> tuple[int, int]:
-    """The tensor's device and that device's current stream."""
-    if not tensor.is_cuda:  # the kernels themselves on a CPU, in the tests
-        return 0, 0
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream

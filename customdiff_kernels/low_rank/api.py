@@ -58,10 +58,10 @@ def reconstruct(
                     terms.append((u, v, rows[name], 1.0 if scale is None else scale))
         else:
             weight = _add_dense(f"deltas[{index}]", weight.to(sums), stack, delta, scale)
-    us, vs, starts, numbers = (list(column) for column in zip(*terms, strict=True)) if terms else ([],) * 4
+    us, vs, starts, alphas = (list(column) for column in zip(*terms, strict=True)) if terms else ([],) * 4
     if out is not None:
-        return cast(Base, _write(out, stack, weight, us, vs, starts, numbers))
-    weight = torch.ops.customdiff.reconstruct(weight, us, vs, starts, numbers).to(stack.weight.dtype)
+        return cast(Base, _write(out, stack, weight, us, vs, starts, alphas))
+    weight = torch.ops.customdiff.reconstruct(weight, us, vs, starts, alphas).to(stack.weight.dtype)
     result = KVStack(weight, stack.segments)
     return cast(Base, result if isinstance(base, KVStack) else dict(result))
 

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from .._native import launch_place, module
 from .._native import low_rank_sum as describe_sum
-from .._native import module
 from .factors import alike
 
 
@@ -29,11 +28,4 @@ def low_rank_sum(
     native = module()
     u, v = alike(u, v)  # kept until the launch: a call holds addresses alone
     call = describe_sum(native, out, base, u, v, starts, scales)
-    native.cuda_low_rank_sum(call, *_where(base))
-
-
-def _where(tensor: Tensor) -> tuple[int, int]:
-    """The tensor's device and that device's current stream."""
-    if not tensor.is_cuda:  # the kernel itself on a CPU, in the tests
-        return 0, 0
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    native.cuda_low_rank_sum(call, *launch_place(base))

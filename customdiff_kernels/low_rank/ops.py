@@ -120,9 +120,7 @@ def _check_out(
     scales: list[float] | None = None,
 ) -> None:
     _check(base, u, v, starts, scales)
-    _checks.shape("out", out, tuple(base.shape), "of base")
-    _checks.floating("out", out, base.dtype)
-    _checks.same_device("out", out, "base", base)
+    _checks.like("out", out, "base", base)
 
 
 register(

@@ -192,9 +192,7 @@ def _check_out(
     out: Tensor, base: Tensor, weights: list[Tensor], targets: list[Tensor], basis: Tensor
 ) -> None:
     _check_apply(base, weights, targets, basis)
-    _checks.shape("out", out, tuple(base.shape), "of base")
-    _checks.floating("out", out, base.dtype)
-    _checks.same_device("out", out, "base", base)
+    _checks.like("out", out, "base", base)
 
 
 register(
