@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,6 +204,20 @@ def encode(vae: Any, pixels: Tensor, batch_size: int = 8) -> Latents:
         means.append(posterior.mean.float())
         stds.append(posterior.std.float())
     return Latents(torch.cat(means), torch.cat(stds))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: it takes the place of `path` when the block ends well, and goes when
+    it does not. What a killed process left there, the next one overwrites.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .data import open_picture
+from .data import open_picture, replacing
 from .metrics import CLIP_SCORE, SUBSET, Clip, Dino, alignment, fid, kid
 
 Sample = tuple[Path, int]  # a picture, and the index of its prompt
@@ -143,16 +142,11 @@ def opened(paths: Sequence[Path]) -> Iterator[Image.Image]:
 
 def write(path: Path, content: str | Image.Image) -> None:
     """A text or a PNG file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         if isinstance(content, str):
             partial.write_text(content, encoding="utf-8")
         else:
             content.save(partial, "PNG")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _mean(values: Tensor) -> float | None:

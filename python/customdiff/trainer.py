@@ -231,9 +231,8 @@ class Training:
             "generator": self.generator.get_state(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with data.replacing(path) as partial:
+            torch.save(state, partial)
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint of the same configuration, base and pictures."""

@@ -22,18 +22,21 @@ def existing(name: str) -> Path:
     return path
 
 
-def free_output(options: argparse.Namespace) -> Path:
+def free_output(options: argparse.Namespace, folder: bool = False) -> Path:
+    """``--output``, which nothing is in the way of; with `folder` it may be one that is to be replaced."""
     output = Path(options.output)
-    check_writable(output)
+    check_writable(output, folder)
     if output.exists() and not options.overwrite:
         raise ValueError(f"output {options.output!r} exists; name another, or pass --overwrite")
     return output
 
 
-def check_writable(file: Path) -> None:
-    """Raises before the work what writing `file` would raise after it; makes nothing."""
+def check_writable(file: Path, folder: bool = False) -> None:
+    """Raises before the work what writing `file`, or a `folder`, would raise after it; makes nothing."""
     if file.is_dir():
-        raise ValueError(f"output {str(file)!r} is a folder; name a file")
+        if not folder:
+            raise ValueError(f"output {str(file)!r} is a folder; name a file")
+        file /= "file"
     nearest = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"output {str(file)!r} cannot be written: {str(nearest)!r} is no folder to write to")
@@ -47,6 +50,13 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         help="where the captions' part is kept for the next time (default: customdiff/ in the cache home)",
     )
     cache.add_argument("--no-cache", action="store_true", help="neither look there nor keep it")
+
+
+def guidance_scale(options: argparse.Namespace) -> float:
+    """``--guidance``, or what suits the base."""
+    if options.guidance is not None:
+        return options.guidance
+    return 3.0 if options.base is None else 6.0
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:

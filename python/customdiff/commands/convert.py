@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from .common import check_writable, existing
+from .common import existing, free_output
 
 SUMMARY = "Write a concept in another file format."
 EXAMPLES = """Any format is read and known by its content; docs/formats.md says what each holds.
@@ -47,10 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..converting import convert
 
-    output, source = Path(options.output), existing(options.concept)
-    check_writable(output / "file" if output.is_dir() else output)
-    if output.exists() and not options.overwrite:
-        raise ValueError(f"output {options.output!r} exists; name another, or pass --overwrite")
+    source, output = existing(options.concept), free_output(options, folder=True)
     if not (options.quiet or options.json):
         print(f"reading {source}, writing {options.to} …", file=sys.stderr)
     output.parent.mkdir(parents=True, exist_ok=True)

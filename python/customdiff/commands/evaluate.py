@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_base
+from .common import add_base, guidance_scale
 
 SUMMARY = "Draw samples and measure how they follow prompts and the concept's pictures."
 EXAMPLES = """Samples that the output folder holds are not drawn again, so an interrupted evaluation goes on.
@@ -73,9 +73,8 @@ def run(options: argparse.Namespace) -> None:
     embedded = options.base is None
     if options.clip is None and not embedded:
         raise ValueError("--clip is needed with --base: the embedded CLIP knows the embedded base's world")
-    guidance = options.guidance if options.guidance is not None else 3.0 if embedded else 6.0
     sampling = Sampling(
-        options.samples, options.steps, guidance, options.eta, options.seed, options.batch_size
+        options.samples, options.steps, guidance_scale(options), options.eta, options.seed, options.batch_size
     )
     prompts = read_prompts(options.prompts)
     concepts = [Concept.load(name) for name in options.concept]

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     from ..retrieval import retrieve
 
     output = Path(options.output)
-    check_writable(output / "file" if output.is_dir() else output)
+    check_writable(output, folder=True)
     report = retrieve(
         options.images,
         options.prompts,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import add_base, check_writable, existing, positive
+from .common import add_base, check_writable, existing, guidance_scale, positive
 
 SUMMARY = "Draw pictures, with concepts or without."
 EXAMPLES = """A --concept serves the --prompt before it; one that stands before all prompts serves each
@@ -54,14 +54,13 @@ def run(options: argparse.Namespace) -> None:
     prompts = [prompt for prompt, _ in pairs]
     concepts = _concepts(shared, pairs)
     pipeline = load_base(options.base, options.device)
-    guidance = options.guidance if options.guidance is not None else (3.0 if options.base is None else 6.0)
     pictures = sample(
         pipeline,
         [prompt for prompt in prompts for _ in range(options.count)],
         [concept for concept in concepts for _ in range(options.count)],
         negative_prompt=options.negative_prompt,
         steps=options.steps,
-        guidance_scale=guidance,
+        guidance_scale=guidance_scale(options),
         eta=options.eta,
         seeds=[options.seed + k for _ in prompts for k in range(options.count)],
         progress=not options.quiet,
