@@ -272,8 +272,12 @@ def plot(rows: list[Row], path: Path) -> None:
     for i, label in enumerate(labels):
         found = {r.case: r.speedup for r in rows if r.label == label}
         at = [c + i * 0.8 / len(labels) for c, case in enumerate(cases) if case in found]
-        axes.barh(at, [found[c] for c in cases if c in found], 0.8 / len(labels), label=label)
+        lengths = [found[c] - 1 for c in cases if c in found]  # from 1: what is slower points to the left
+        axes.barh(at, lengths, 0.8 / len(labels), left=1, label=label)
     axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")  # ratios: half as fast is as far from 1 as twice
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.margins(y=0.01)
     axes.set_yticks([c + 0.4 - 0.4 / len(labels) for c in range(len(cases))], cases, fontsize=7)
     axes.invert_yaxis()
     baselines = {r.baseline for r in rows}
