@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 import customdiff_kernels as ck
 from customdiff import merging
-from customdiff.concept import Concept
+from customdiff.concept import Concept, encode_prompts
 from customdiff.merging import merge, renamed, target_features
 from customdiff.regularization import merge_solver, regularization_features
 
@@ -190,8 +190,7 @@ def test_the_factor_is_kept_for_its_text_encoder_captions_and_ridge(pipe, tmp_pa
 
 
 def context_of(pipe, prompt, rows):
-    tokens = merging.tokenize(pipe.tokenizer, [prompt], [rows])
-    return merging.encode(pipe.text_encoder, tokens, [rows])[0].detach()
+    return encode_prompts(pipe, [prompt], rows).context[0].detach()
 
 
 def test_each_concept_stays_itself_where_a_prompt_names_both(pipe, concepts):

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import tiny_pipeline  # noqa: E402
 
 from customdiff import sampler  # noqa: E402
-from customdiff.concept import Concept, encode, encode_prompts, match, tokenize  # noqa: E402
+from customdiff.concept import Concept, encode_prompts, match, tokenize  # noqa: E402
 from customdiff.sampler import project, sample  # noqa: E402
 
 FAST = {"steps": 3, "output": "latents", "progress": False}
@@ -75,7 +75,8 @@ def test_encoding_puts_each_prompts_own_rows_in(pipe):
     rows = [{"<new1>": torch.randn(32)}, {}, {"<new1>": torch.randn(32), "<new2>": torch.randn(32)}]
     prompts = ["photo of a <new1> dog", "photo of a dog", "<new2> cat and <new1> car"]
     table = pipe.text_encoder.get_input_embeddings().weight.clone()
-    got = encode_prompts(pipe, prompts, rows)
+    got, pooled = encode_prompts(pipe, prompts, rows)
+    assert pooled is None
     after = pipe.text_encoder.get_input_embeddings()
     assert torch.equal(after.weight, table) and not after._forward_hooks
     for i, prompt in enumerate(prompts):
@@ -92,9 +93,8 @@ def test_gradient_reaches_the_modifier_rows_alone(pipe):
     direction = torch.randn(16, 32)
 
     def loss(row):
-        return (
-            encode_prompts(pipe, ["a <new1> dog", "a dog"], {"<new1>": row, "<new2>": unused}) @ direction.T
-        )
+        rows = {"<new1>": row, "<new2>": unused}
+        return encode_prompts(pipe, ["a <new1> dog", "a dog"], rows).context @ direction.T
 
     losses = loss(row)
     assert not torch.autograd.grad(losses[1].sum(), row, retain_graph=True)[0].any()
@@ -105,10 +105,10 @@ def test_gradient_reaches_the_modifier_rows_alone(pipe):
 
 
 def test_rows_survive_an_encoder_in_bfloat16(pipe):
-    encoder = pipe.text_encoder.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.bfloat16)
     row = torch.randn(32, requires_grad=True)
-    tokens = tokenize(pipe.tokenizer, ["a <new1> dog"], [["<new1>"]])
-    (grad,) = torch.autograd.grad(encode(encoder, tokens, [{"<new1>": row}]).float().square().sum(), row)
+    context = encode_prompts(pipe, ["a <new1> dog"], {"<new1>": row}).context
+    (grad,) = torch.autograd.grad(context.float().square().sum(), row)
     assert grad.dtype == torch.float32 and grad.any()
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import customdiff_kernels as ck
 
-Rows = Mapping[str, Tensor]  # modifier token -> its embedding row (E,)
+Row = Tensor | tuple[Tensor, ...]  # (E,), or one for each text encoder
+Rows = Mapping[str, Row]  # modifier token -> its embedding
 
 
 class Tokens(NamedTuple):
@@ -61,43 +62,76 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], words: Sequence[Iterable[st
     return Tokens(torch.tensor(ids), places)
 
 
-def encode(text_encoder: torch.nn.Module, tokens: Tokens, rows: Sequence[Rows]) -> Tensor:
-    """The context (B,S,E) of ``tokens``. ``rows[i]``: prompt i's embedding rows, also with gradient."""
-    ids, places = tokens.ids.to(text_encoder.device), tokens.places
+class TextFeatures(NamedTuple):
+    """context (B,S,E): what the UNet attends to. pooled (B,P): of whole prompts, where the UNet takes them."""
+
+    context: Tensor
+    pooled: Tensor | None
+
+
+def text_encoders(pipe: Any) -> list[tuple[Any, torch.nn.Module]]:
+    """The pipeline's (tokenizer, text encoder): one pair, or the two of SDXL."""
+    pairs = [(pipe.tokenizer, pipe.text_encoder)]
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        pairs.append((pipe.tokenizer_2, pipe.text_encoder_2))
+    return pairs
+
+
+def encode_prompts(pipe: Any, prompts: Sequence[str], rows: Rows | Sequence[Rows]) -> TextFeatures:
+    """The features of ``prompts`` by the pipeline; ``rows``: one each, or one for all, also with gradient."""
+    rows = [rows] * len(prompts) if isinstance(rows, Mapping) else rows
+    return encode(pipe, [tokenize(tokenizer, prompts, rows) for tokenizer, _ in text_encoders(pipe)], rows)
+
+
+def encode(pipe: Any, tokens: Sequence[Tokens], rows: Sequence[Rows]) -> TextFeatures:
+    """The features of ``tokens``, one for each text encoder. ``rows[i]``: prompt i's modifier tokens.
+
+    As the pipelines do it: the last hidden state of one text encoder; of two, the next to last of both side
+    by side, and the projected text of the second.
+    """
+    encoders = [encoder for _, encoder in text_encoders(pipe)]
+    widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in encoders]
+    for i, word in {(i, word) for i, _, word in tokens[0].places}:
+        _check_row(word, rows[i][word], widths)
+    outputs = [_run(encoder, tokens[k], rows, k) for k, encoder in enumerate(encoders)]
+    if len(outputs) == 1:
+        return TextFeatures(outputs[0].last_hidden_state, None)
+    return TextFeatures(torch.cat([out.hidden_states[-2] for out in outputs], -1), outputs[-1].text_embeds)
+
+
+def _run(encoder: torch.nn.Module, tokens: Tokens, rows: Sequence[Rows], part: int) -> Any:
+    """The output of the text encoder number ``part``, each modifier token's embedding in its place."""
+    ids, places = tokens.ids.to(encoder.device), tokens.places
     if not places:
-        return text_encoder(ids).last_hidden_state
-    width = text_encoder.get_input_embeddings().weight.shape[1]
-    for i, word in {(i, word) for i, _, word in places}:
-        _check_row(word, rows[i][word], width)
+        return encoder(ids, output_hidden_states=True)
     at = torch.tensor([place[:2] for place in places], device=ids.device).unbind(1)
 
     def substitute(module: torch.nn.Module, args: tuple, embedded: Tensor) -> Tensor:
-        values = torch.stack([rows[i][word].to(embedded) for i, _, word in places])
-        return embedded.index_put(at, values)
+        values = [_parts(rows[i][word])[part].to(embedded) for i, _, word in places]
+        return embedded.index_put(at, torch.stack(values))
 
-    handle = text_encoder.get_input_embeddings().register_forward_hook(substitute)
+    handle = encoder.get_input_embeddings().register_forward_hook(substitute)
     try:
-        return text_encoder(ids).last_hidden_state
+        return encoder(ids, output_hidden_states=True)
     finally:
         handle.remove()
 
 
-def _check_row(word: str, row: Any, width: int) -> None:
-    """One embedding, and for this text encoder; a file may hold a tuple of them, for as many encoders."""
-    shapes = [tuple(part.shape) for part in (row if isinstance(row, tuple) else (row,))]
-    if shapes != [(width,)]:
+def _parts(row: Row) -> tuple[Tensor, ...]:
+    return row if isinstance(row, tuple) else (row,)
+
+
+def _check_row(word: str, row: Row, widths: Sequence[int]) -> None:
+    """One embedding for each text encoder, of its width."""
+    shapes = [tuple(part.shape) for part in _parts(row)]
+    if shapes != [(width,) for width in widths]:
+        many = len(widths) > 1
         raise ValueError(
-            f"modifier token {word} has embeddings of shape {', '.join(map(str, shapes))}; it must have one, "
-            f"of width {width} as this text encoder's: the concept is of another base model"
+            f"modifier token {word} has embeddings of shape {', '.join(map(str, shapes))}; it must have one"
+            f"{' for each' * many}, of width {' and '.join(map(str, widths))} as "
+            f"{'these text encoders have' if many else 'this text encoder has'}: the concept is of another "
+            "base model"
         )
-
-
-def encode_prompts(pipe: Any, prompts: Sequence[str], rows: Rows | Sequence[Rows]) -> Tensor:
-    """The context (B,S,E) of ``prompts`` by the pipeline; ``rows``: one each, or one for all."""
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        raise ValueError(f"pipe: {type(pipe).__name__} has two text encoders; pass one of SD 1.x or 2.x")
-    rows = [rows] * len(prompts) if isinstance(rows, Mapping) else rows
-    return encode(pipe.text_encoder, tokenize(pipe.tokenizer, prompts, rows), rows)
 
 
 def base_metadata(stack: ck.KVStack) -> dict[str, str]:
@@ -111,13 +145,13 @@ class Concept:
     """What one training run learned, or several merged.
 
     delta: the change of the K/V weights by segment, {name: (rows,E)} or ck.LowRankDelta.
-    modifier_tokens: {word: (E,)}.
+    modifier_tokens: {word: (E,)}, with a tuple of these for several text encoders.
     metadata: what JSON can hold; among it ``base_metadata`` of the weights that the delta belongs to.
     weights: the changed weights themselves in the place of ``delta``, where a file holds these.
     """
 
     delta: Mapping[str, Tensor] | ck.LowRankDelta
-    modifier_tokens: dict[str, Tensor] = field(default_factory=dict)
+    modifier_tokens: dict[str, Row] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -183,7 +217,7 @@ class Concept:
         tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
         table = encoder.get_input_embeddings().weight
         for word, row in self.modifier_tokens.items():
-            _check_row(word, row, table.shape[1])
+            _check_row(word, row, [table.shape[1]])
         held = ck.LoadedDelta(self.delta, weights=self.weights)
         names = ck.apply_delta(pipe.unet, held, force=True) if self.delta or self.weights else []
         tokenizer.add_tokens([word for word in self.modifier_tokens if _token_id(tokenizer, word) is None])

@@ -12,7 +12,18 @@ from torch import Tensor
 
 import customdiff_kernels as ck
 
-from .concept import Concept, Rows, Tokens, base_metadata, encode, mentions, split_words, tokenize
+from .concept import (
+    Concept,
+    Row,
+    Rows,
+    Tokens,
+    base_metadata,
+    encode,
+    mentions,
+    split_words,
+    text_encoders,
+    tokenize,
+)
 from .regularization import merge_solver
 from .sampler import project
 
@@ -181,11 +192,11 @@ def words_together(
     if not here:
         return (alone_context[0, :0],) * 3
 
-    table = pipeline.text_encoder.get_input_embeddings().weight
+    tables = [encoder.get_input_embeddings().weight for _, encoder in text_encoders(pipeline)]
     generator, shift = torch.Generator().manual_seed(0), 0.0
     for _ in range(ORDINARY_WORDS):
-        ids = torch.randint(len(table), (len(rows),), generator=generator).tolist()
-        words = {word: table[i] for word, i in zip(rows, ids, strict=True)}
+        ids = torch.randint(len(tables[0]), (len(rows),), generator=generator).tolist()
+        words = {word: tuple(table[i] for table in tables) for word, i in zip(rows, ids, strict=True)}
         moved = (
             _encoded(pipeline, "together", together, words)[1],
             _encoded(pipeline, "prompts", prompts, words)[1],
@@ -207,12 +218,14 @@ def _holding(stack: ck.KVStack, features: Tensor, change: Tensor) -> ck.LowRankD
 
 def _encoded(pipeline: Any, argument: str, prompts: Sequence[str], rows: Rows) -> tuple[Tokens, Tensor]:
     """Tokens and text features (B,S,E) of prompts that each name a modifier token."""
-    tokens = tokenize(pipeline.tokenizer, prompts, [rows] * len(prompts))
+    words = [rows] * len(prompts)
+    encoded = [tokenize(tokenizer, prompts, words) for tokenizer, _ in text_encoders(pipeline)]
+    tokens = encoded[0]  # a second tokenizer differs in the padding alone
     for missing in set(range(len(prompts))) - {i for i, _, _ in tokens.places}:
         raise ValueError(
             f"{argument}: {prompts[missing]!r} has none of the modifier tokens {', '.join(rows)}"
         )
-    return tokens, encode(pipeline.text_encoder, tokens, [rows] * len(prompts)).float()
+    return tokens, encode(pipeline, encoded, words).context.float()
 
 
 def _end(pipeline: Any, ids: Tensor) -> int:
@@ -227,11 +240,11 @@ def _first_prompts(concept: Concept) -> list[str]:
     return list(dict.fromkeys(found[0] for found in naming if found))
 
 
-def _modifier_tokens(concepts: Sequence[Concept]) -> dict[str, Tensor]:
+def _modifier_tokens(concepts: Sequence[Concept]) -> dict[str, Row]:
     """All concepts' modifier tokens and their rows; raises where a merge could not tell them apart."""
     if len(concepts) < 2:
         raise ValueError(f"concepts must be two or more to merge, got {len(concepts)}")
-    rows: dict[str, Tensor] = {}
+    rows: dict[str, Row] = {}
     for i, concept in enumerate(concepts):
         if not concept.modifier_tokens:
             raise ValueError(

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 import customdiff_kernels as ck
 
-from .concept import Tokens, encode, tokenize
+from .concept import Tokens, encode, text_encoders, tokenize
 
 TEXT_BATCH = 64
 
@@ -41,12 +41,15 @@ def merge_solver(
     It is known by the text encoder's weights and the captions' token ids, and serves every UNet that reads
     them. A file that cannot be read or written is told of in a UserWarning, and done without.
     """
-    ids = _token_ids(pipeline, captions)
+    tokens = _tokens(pipeline, captions)
     if cache is None:
-        return ck.MergeSolver(_features(pipeline, ids, progress), ridge=ridge)
+        return ck.MergeSolver(_features(pipeline, tokens, progress), ridge=ridge)
+    digest = hashlib.sha256()
+    for part in tokens:
+        digest.update(part.ids.numpy().astype(np.int64).tobytes())
     key = {
-        "text encoder": weights_hash(pipeline.text_encoder),
-        "captions": hashlib.sha256(ids.numpy().astype(np.int64).tobytes()).hexdigest(),
+        "text encoder": " ".join(weights_hash(encoder) for _, encoder in text_encoders(pipeline)),
+        "captions": digest.hexdigest(),
         "ridge": str(ridge),
     }
     path = Path(cache) / f"merge-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
@@ -55,7 +58,7 @@ def merge_solver(
             return ck.MergeSolver.load(path, key=key, device=pipeline.text_encoder.device)
         except ck.MergeFactorFileError as error:
             warnings.warn(f"{error}; it is made anew", stacklevel=3)
-    solver = ck.MergeSolver(_features(pipeline, ids, progress), ridge=ridge)
+    solver = ck.MergeSolver(_features(pipeline, tokens, progress), ridge=ridge)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         solver.save(path, key=key)
@@ -66,20 +69,23 @@ def merge_solver(
 
 def regularization_features(pipeline: Any, captions: Sequence[str], *, progress: bool = False) -> Tensor:
     """Text features (T,E) of ordinary captions: with the padding, without the start token, alike in all."""
-    return _features(pipeline, _token_ids(pipeline, captions), progress)
+    return _features(pipeline, _tokens(pipeline, captions), progress)
 
 
-def _token_ids(pipeline: Any, captions: Sequence[str]) -> Tensor:
+def _tokens(pipeline: Any, captions: Sequence[str]) -> list[Tokens]:
+    """The captions' tokens, for each text encoder."""
     if not captions:
         raise ValueError("captions must hold at least one caption to regularize with, got none")
-    return tokenize(pipeline.tokenizer, captions, [()] * len(captions)).ids
+    words = [()] * len(captions)
+    return [tokenize(tokenizer, captions, words) for tokenizer, _ in text_encoders(pipeline)]
 
 
 @torch.no_grad()
-def _features(pipeline: Any, ids: Tensor, progress: bool) -> Tensor:
+def _features(pipeline: Any, tokens: list[Tokens], progress: bool) -> Tensor:
     features = []
-    for chunk in tqdm(ids.split(TEXT_BATCH), desc="captions", disable=not progress):
-        context = encode(pipeline.text_encoder, Tokens(chunk, []), [{}] * len(chunk))
+    chunks = list(zip(*(part.ids.split(TEXT_BATCH) for part in tokens), strict=True))
+    for ids in tqdm(chunks, desc="captions", disable=not progress):
+        context = encode(pipeline, [Tokens(chunk, []) for chunk in ids], [{}] * len(ids[0])).context
         features.append(context[:, 1:].flatten(0, 1))
     return torch.cat(features).float()
 

@@ -83,7 +83,7 @@ def sample(
     if guidance_scale != 1:  # the unconditional rows come first, each with its own row's concept
         prompts, concepts = [negative_prompt] * len(prompts) + prompts, concepts * 2
     rows = [concept.modifier_tokens if concept else {} for concept in concepts]
-    context = encode_prompts(pipe, prompts, rows).to(pipe.unet.dtype)
+    context = encode_prompts(pipe, prompts, rows).context.to(pipe.unet.dtype)
     kv = stack.views(project(stack, context, concepts))
 
     scheduler = _ddim(pipe.scheduler) if scheduler is None else copy.deepcopy(scheduler)

@@ -321,7 +321,7 @@ class Training:
         ]
         distinct = list(dict.fromkeys(prompts))
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
-        return encode_prompts(self.pipeline, distinct, self._rows)[rows]
+        return encode_prompts(self.pipeline, distinct, self._rows).context[rows]
 
     @property
     def _rows(self) -> Rows:
@@ -330,7 +330,7 @@ class Training:
     @torch.no_grad()
     def _contexts(self, texts: Sequence[str], rows: Rows) -> Tensor:
         chunks = [texts[i : i + TEXT_BATCH] for i in range(0, len(texts), TEXT_BATCH)]
-        return torch.cat([encode_prompts(self.pipeline, chunk, rows) for chunk in chunks])
+        return torch.cat([encode_prompts(self.pipeline, chunk, rows).context for chunk in chunks])
 
     def _initial_row(self) -> Tensor:
         word, tokenizer = self.config.initializer_token, self.pipeline.tokenizer
