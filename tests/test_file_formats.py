@@ -136,10 +136,14 @@ def test_delta_bin_as_published(held, tmp_path):
     assert ck.load_delta(path, kv_only=True).left_out == ("text_encoder",)
     query = LAYER + ".to_q.weight"
     torch.save({"unet": tree["unet"] | {query: torch.ones(4, 4)}}, path)
-    with pytest.raises(ck.DeltaFileError, match=f"first 'unet {query}'"):
-        ck.load_delta(path)
+    assert same(ck.load_delta(path).others, {query: torch.ones(4, 4)})
     found = ck.load_delta(path, kv_only=True)
     assert same(found.weights, held.weights) and found.modifier_tokens == {}
+    assert found.left_out == (query,) and not found.others
+    compressed = {name: {"u": u, "v": v} for name, (u, v) in held.delta.factors.items()}
+    torch.save({"unet": compressed | {query: torch.ones(4, 4)}}, path)
+    with pytest.raises(ck.DeltaFileError, match=f"first '{query}'"):  # a change and a whole weight
+        ck.load_delta(path)
     mixed = {FIRST: {"u": torch.ones(4, 1), "v": torch.ones(1, E)}, NAMES[1]: held.weights[NAMES[1]]}
     torch.save({"unet": mixed}, path)
     with pytest.raises(ck.DeltaFileError, match="must be {'u', 'v'} as the others"):
@@ -221,9 +225,13 @@ def test_diffusers_files_as_published(kind, held, tmp_path):
     assert (alone.kind, alone.format) == ("tokens", "embedding") and list(alone.modifier_tokens) == ["<new1>"]
     with pytest.raises(ValueError, match="holds no weights to apply, only the modifier tokens <new1>"):
         ck.apply_delta(held.unet(), alone)
-    write(weights | {LAYER + ".processor.to_q_custom_diffusion.weight": torch.ones(4, 4)}, "whole")
-    with pytest.raises(ck.DeltaFileError, match="first .*to_q_custom_diffusion"):
-        ck.load_delta(tmp_path / f"whole.{kind}")
+    parts = ("to_q_custom_diffusion.weight", "to_out_custom_diffusion.0.bias")
+    write(weights | {f"{LAYER}.processor.{part}": torch.ones(4) for part in parts}, "whole")
+    found = ck.load_delta(tmp_path / f"whole.{kind}").others
+    assert found.keys() == {f"{LAYER}.to_q.weight", f"{LAYER}.to_out.0.bias"}
+    write(weights | {f"{LAYER}.processor.to_out_custom_diffusion.weight": torch.ones(4, 4)}, "odd")
+    with pytest.raises(ck.DeltaFileError, match="first .*to_out_custom_diffusion.weight"):
+        ck.load_delta(tmp_path / f"odd.{kind}")
 
 
 def test_embeddings_of_the_webui(tmp_path):
@@ -326,7 +334,7 @@ def test_lora_as_others_write_it(held, tmp_path):
         ({"format": "kohya"}, ValueError, "compress it first"),
         ({"format": "webui"}, ValueError, "checkpoint must be the base model's file"),
         ({"checkpoint": "x"}, ValueError, "is for no other format"),
-        ({"base": 3}, TypeError, "base must be a KVStack, got int"),
+        ({"base": 3}, TypeError, "base must be a KVStack or a UNet, got int"),
         (
             {"format": "lora", "modifier_tokens": {"a/b": torch.ones(3)}},
             ValueError,

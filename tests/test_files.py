@@ -300,7 +300,7 @@ FIRST = "blocks.0.attn2.to_k.weight"
         (lambda t, m: m.update(format_version='"1"'), "format_version '1'"),
         (lambda t, m: m.pop("content_sha256"), "does not match the checksum"),
         (lambda t, m: m.update(kind='"other"'), "kind 'other'"),
-        (lambda t, m: m.update(segments="[]"), "does not say which segments"),
+        (lambda t, m: m.update(segments="{}"), "does not say which segments"),
         (lambda t, m: m.update(segments='[["a", 0]]'), r"must be \[name, start, stop\]"),
         (lambda t, m: m.update(segments='[["a", 0, 4], ["a", 4, 8]]'), "'a' twice"),
         (lambda t, m: m.update(prompt="{"), "Expecting property name"),

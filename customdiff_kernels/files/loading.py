@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .. import _checks, _safetensors
 from ..low_rank import LowRankDelta
 from ..stack import check_matrices
 from . import _torch_zip, lora, own, processors, published, tokens
-from .loaded import DeltaFileError, LoadedDelta
+from .loaded import DeltaFileError, LoadedDelta, check_other_names
 
 
 def load_delta(path: str | PathLike[str], *, kv_only: bool = False) -> LoadedDelta:
@@ -25,8 +26,9 @@ def load_delta(path: str | PathLike[str], *, kv_only: bool = False) -> LoadedDel
     path: a file, whatever its name: the layout is known by the content. Where words lie in files of their own
         (diffusers, LoRA, the webui), the folder of them all, or the file of weights, beside which they are
         found.
-    kv_only: take keys, values and modifier tokens from a file that changes other weights too (whole
-        cross-attention, text encoder); the names of the rest are in ``left_out``. Otherwise that is an error.
+    kv_only: take keys, values and modifier tokens alone; the names of the rest are in ``left_out``. Otherwise
+        other weights of the UNet, as of the whole cross-attention, are read into ``others``, and what has no
+        place there (a text encoder, LoRA of other layers) is an error.
 
     Of pickled files only tensors and containers are read, by ``torch.load(weights_only=True)``; prefer
     safetensors.
@@ -105,11 +107,15 @@ def _file(path: Path, kv_only: bool) -> tuple[LoadedDelta, dict[str, str] | None
         found = _parse(tree, text, path.stem)
         if found.left_out and not kv_only:
             raise ValueError(
-                f"it also holds {len(found.left_out)} other weights, first {found.left_out[0]!r}: a delta "
-                "is of keys and values; kv_only=True (--kv-only) reads these and the modifier tokens alone"
+                f"it also holds {len(found.left_out)} other weights, first {found.left_out[0]!r}, which are "
+                "not read; kv_only=True (--kv-only) reads keys, values and modifier tokens alone"
             )
         found = _checked(found)
-        return found, own.parse_note(text["customdiff"], found) if "customdiff" in text else None
+        listed = own.parse_note(text["customdiff"], found) if "customdiff" in text else None
+        if kv_only:
+            found = replace(found, others={}, left_out=(*found.left_out, *found.others))
+        _check_some(found)
+        return found, listed
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         said = "".join(c if c.isprintable() else "?" for c in str(error))  # a stranger's names are among it
         said = said if len(said) <= 500 else said[:500] + " …"
@@ -144,6 +150,9 @@ def _parse(tree: Any, text: Mapping[str, str], stem: str) -> LoadedDelta:
         or lora.parse(tree, text)
         or tokens.parse({name: value for name, value in tree.items() if name != "customdiff"}, stem)
     )
+    if found is not None and found.others and not found.weights:
+        # a change and whole weights do not go together, and without keys and values nothing says which it is
+        found = replace(found, others={}, left_out=(*found.left_out, *map(str, found.others)))
     if found is None:
         raise ValueError(
             f"it has none of the layouts that are known (docs/formats.md): its metadata does not say "
@@ -163,6 +172,8 @@ def _checked(found: LoadedDelta) -> LoadedDelta:
         found.delta = _matrices(found.delta)
     if found.weights:
         found.weights = _matrices(found.weights)
+    check_other_names(found.others)
+    found.others = {name: _own(name, value) for name, value in found.others.items()}
     for word, rows in found.modifier_tokens.items():
         if not isinstance(word, str) or not word:
             got = "an empty one" if word == "" else type(word).__name__
@@ -172,9 +183,12 @@ def _checked(found: LoadedDelta) -> LoadedDelta:
         if not copies:
             raise ValueError(f"its modifier token {word!r} has no embedding")
         found.modifier_tokens[word] = copies[0] if len(copies) == 1 else copies
-    if not (found.delta or found.weights or found.modifier_tokens):
-        raise ValueError("it holds neither key and value weights nor a modifier token")
     return found
+
+
+def _check_some(found: LoadedDelta) -> None:
+    if not (found.delta or found.weights or found.modifier_tokens or found.others):
+        raise ValueError("it holds neither key and value weights nor a modifier token")
 
 
 def _matrices(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:

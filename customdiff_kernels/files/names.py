@@ -1,4 +1,4 @@
-"""Names of the key and value weights: diffusers' (which are ours), CompVis', kohya's.
+"""Names of a cross-attention's weights: diffusers' (which are ours), CompVis', kohya's.
 
 CompVis numbers all blocks in one row. In every UNet of two residual layers a level (SD 1.x, 2.x, SDXL)
 ``input_blocks.{1 + 3·i + j}.1`` is ``down_blocks.{i}.attentions.{j}``, ``middle_block.1`` is
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 
 PREFIX = "model.diffusion_model."  # of CompVis' UNet in a whole checkpoint
-_LAYER = r"\.transformer_blocks\.(\d+)\.attn2\.to_([kv])\.weight"
+_LAYER = r"\.transformer_blocks\.(\d+)\.attn2\.(to_[qkv]\.weight|to_out\.0\.(?:weight|bias))"
 _KEY_VALUE = re.compile(r"(?:.+\.)?attn2\.to_[kv]\.weight")
 _DIFFUSERS = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)" + _LAYER)
 _COMPVIS = re.compile(r"(?:(input|output)_blocks\.(\d+)|(middle)_block)\.1" + _LAYER)
@@ -24,7 +24,7 @@ def is_key_value(name: str) -> bool:
 
 
 def from_compvis(name: str) -> str | None:
-    """diffusers' name of a CompVis parameter (with the prefix or without); None if it is no key or value."""
+    """diffusers' name of a CompVis parameter (with the prefix or without); None if no cross-attention's."""
     match = _COMPVIS.fullmatch(name.removeprefix(PREFIX))
     if match is None:
         return None
@@ -33,7 +33,7 @@ def from_compvis(name: str) -> str | None:
     if index < 0:
         return None
     block = {"input": "down_blocks.{}", "output": "up_blocks.{}", None: "mid_block"}[side].format(index // 3)
-    return f"{block}.attentions.{index % 3}.transformer_blocks.{layer}.attn2.to_{part}.weight"
+    return f"{block}.attentions.{index % 3}.transformer_blocks.{layer}.attn2.{part}"
 
 
 def to_compvis(names: Iterable[str]) -> dict[str, str]:
@@ -52,7 +52,7 @@ def to_compvis(names: Iterable[str]) -> dict[str, str]:
         else:
             where = f"output_blocks.{3 * int(block) + j}"
             up.add(j)
-        found[name] = f"{PREFIX}{where}.1.transformer_blocks.{layer}.attn2.to_{part}.weight"
+        found[name] = f"{PREFIX}{where}.1.transformer_blocks.{layer}.attn2.{part}"
     if (down and down != {0, 1}) or (up and up != {0, 1, 2}):
         raise ValueError(
             "CompVis' names are known for UNets of two layers a level (SD 1.x, 2.x, SDXL), and this one has "
@@ -77,6 +77,6 @@ def from_kohya(name: str) -> str | None:
 
 def to_kohya(name: str) -> str:
     """kohya's name, which has underscores only. Raises ValueError where the way back is not known."""
-    if _DIFFUSERS.fullmatch(name) is None:
+    if _DIFFUSERS.fullmatch(name) is None or not is_key_value(name):
         raise ValueError(f"{name!r} has no name in kohya's layout")
     return "lora_unet_" + name.removesuffix(".weight").replace(".", "_")

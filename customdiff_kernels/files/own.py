@@ -2,7 +2,8 @@
 
 Tensors: ``<segment>.u`` and ``<segment>.v`` for low-rank factors or ``<segment>`` for a full change or whole
 weights, and ``modifier_token.<word>``, the word's embedding (E,) (``modifier_token_2.<word>`` for a second
-text encoder, and so on). Metadata: JSON text, described at ``save_delta``.
+text encoder, and so on), and ``other.<parameter>``, of more than keys and values. Metadata: JSON text,
+described at ``save_delta``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .loaded import LoadedDelta
 
 FORMAT, FORMAT_VERSION = "customdiff", 1
 _TOKEN = re.compile(r"modifier_token(?:_([2-9]|[1-9]\d+))?\.(.+)", re.DOTALL)
+_OTHER = "other."
 _OURS = ("format", "format_version", "library_version", "kind", "segments", "content_sha256")
 _KNOWN: dict[str, tuple[type | tuple[type, ...], str]] = {
     "base_name": (str, "a string"),
@@ -85,18 +87,19 @@ def _tensors(loaded: LoadedDelta) -> tuple[dict[str, Tensor], list[Segment], str
         kind, segments = "low_rank", list(delta.segments)
     else:
         tensors, segments, start = dict(delta or loaded.weights), [], 0
-        kind = "full" if delta else "weights"
+        kind = "weights" if loaded.weights else "full"
         for name, matrix in tensors.items():
             segments.append(Segment(name, start, start + len(matrix)))
             start += len(matrix)
     if empty := [segment for segment in segments if not segment.name]:
         raise ValueError(f"delta has a segment without a name, rows {empty[0].start} to {empty[0].stop}")
     for name in tensors:
-        if _TOKEN.fullmatch(name) or name == "__metadata__":
+        if _TOKEN.fullmatch(name) or name.startswith(_OTHER) or name == "__metadata__":
             raise ValueError(f"delta would be stored as {name!r}, which the file format keeps for itself")
     for word, rows in loaded.modifier_tokens.items():
         for i, row in enumerate([rows] if isinstance(rows, Tensor) else rows):
             tensors[f"modifier_token{'' if i == 0 else f'_{i + 1}'}.{word}"] = row
+    tensors |= {_OTHER + name: tensor for name, tensor in loaded.others.items()}
     return tensors, segments, kind
 
 
@@ -162,21 +165,27 @@ def parse(tensors: dict[str, Tensor], text: Mapping[str, str]) -> LoadedDelta:
     if suffixes is None:
         raise ValueError(f"it has kind {kind!r}, which is none of 'low_rank', 'full' and 'weights'")
     expected = {segment.name + suffix for segment in segments for suffix in suffixes}
+    others = {
+        name.removeprefix(_OTHER): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(_OTHER) and name not in expected
+    }
     if tensors.keys() != expected:
         raise ValueError(
             f"its tensors are not those of its segments: unknown {sorted(tensors.keys() - expected)[:3]}, "
             f"missing {sorted(expected - tensors.keys())[:3]}"
         )
     check_metadata({name: value for name, value in fields.items() if name not in _OURS})
-    found = LoadedDelta(
-        {}, {word: rows[0] if len(rows) == 1 else rows for word, rows in tokens.items()}, fields
-    )
+    rows_of = {word: rows[0] if len(rows) == 1 else rows for word, rows in tokens.items()}
+    found = LoadedDelta({}, rows_of, fields, others=others)
     if kind == "low_rank":
         found.delta = LowRankDelta(
             segments, {s.name: (tensors[f"{s.name}.u"], tensors[f"{s.name}.v"]) for s in segments}
         )
         return found
     matrices = {segment.name: tensors[segment.name] for segment in segments}
+    if not matrices:  # words, or others, alone
+        return found
     check_matrices("the delta", matrices)
     for name, start, stop in segments:
         if len(matrices[name]) != stop - start:
@@ -191,7 +200,7 @@ def parse(tensors: dict[str, Tensor], text: Mapping[str, str]) -> LoadedDelta:
 
 
 def _parse_segments(value: object) -> tuple[Segment, ...]:
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise ValueError("it does not say which segments it changes")
     for segment in value:
         if not (isinstance(segment, list) and [type(part) for part in segment] == [str, int, int]):

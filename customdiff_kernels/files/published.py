@@ -36,8 +36,8 @@ def parse_delta_bin(tree: Mapping[str, Any]) -> LoadedDelta | None:
         return None
     ours = {name: value for name, value in unet.items() if names.is_key_value(str(name))}
     found = _loaded(ours, "delta.bin")
-    text_encoders = [str(name) for name in tree if str(name).startswith("text_encoder")]
-    found.left_out = (*(f"unet {name}" for name in unet if name not in ours), *text_encoders)
+    found.others = {name: value for name, value in unet.items() if name not in ours}
+    found.left_out = tuple(str(name) for name in tree if str(name).startswith("text_encoder"))
     words = tree.get("modifier_token", {})
     if not isinstance(words, Mapping):
         raise TypeError(f"its modifier_token must map words to embeddings, got {type(words).__name__}")
@@ -52,7 +52,8 @@ def parse_compvis(tree: Mapping[str, Any]) -> LoadedDelta | None:
     if not isinstance(state, Mapping):
         raise TypeError(f"its state_dict must be a dict, got {type(state).__name__}")
     known = {name: names.from_compvis(name) for name in state if isinstance(name, str)}
-    matrices = {ours: state[name] for name, ours in known.items() if ours is not None}
+    held = {ours: state[name] for name, ours in known.items() if ours is not None}
+    matrices = {name: value for name, value in held.items() if names.is_key_value(name)}
     if not matrices and not any(name.startswith(names.PREFIX) for name in known):
         return None
     found = _loaded(matrices, "compvis")
@@ -79,6 +80,7 @@ def parse_compvis(tree: Mapping[str, Any]) -> LoadedDelta | None:
         raise ValueError(f"its modifier_token must name {len(rows)} different words, got {len(words)}")
     found.modifier_tokens = dict(zip(words, rows, strict=True))
     if not whole:  # else all that is not a key or value is taken to be the base model's
+        found.others = {name: value for name, value in held.items() if name not in matrices}
         found.left_out = tuple(
             name for name, ours in known.items() if ours is None and name.startswith(names.PREFIX)
         )
@@ -108,14 +110,14 @@ def write_delta_bin(loaded: LoadedDelta, path: Path, note: str) -> None:
         word: rows if isinstance(rows, Tensor) else list(rows)
         for word, rows in loaded.modifier_tokens.items()
     }
-    _write({"unet": _matrices(loaded), "modifier_token": tokens, "customdiff": note}, path)
+    _write({"unet": _tensors(loaded), "modifier_token": tokens, "customdiff": note}, path)
 
 
 def write_compvis(loaded: LoadedDelta, path: Path, note: str) -> None:
     """Raises ValueError for words of two text encoders, or weights that have no CompVis name."""
-    matrices = _matrices(loaded)
-    names_of = names.to_compvis(matrices)
-    state: dict[str, Any] = {names_of[name]: value for name, value in matrices.items()}
+    tensors = _tensors(loaded)
+    names_of = names.to_compvis(tensors)
+    state: dict[str, Any] = {names_of[name]: value for name, value in tensors.items()}
     tree: dict[str, Any] = {"state_dict": state, "customdiff": note}
     if loaded.modifier_tokens:
         rows = list(loaded.modifier_tokens.values())
@@ -126,10 +128,10 @@ def write_compvis(loaded: LoadedDelta, path: Path, note: str) -> None:
     _write(tree, path)
 
 
-def _matrices(loaded: LoadedDelta) -> dict[str, Any]:
+def _tensors(loaded: LoadedDelta) -> dict[str, Any]:
     if isinstance(loaded.delta, LowRankDelta):
         return {name: {"u": u, "v": v} for name, (u, v) in loaded.delta.factors.items()}
-    return dict(loaded.weights)
+    return {**loaded.weights, **loaded.others}
 
 
 def _write(tree: dict[str, Any], path: Path) -> None:

@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _atomic, _checks
 from ..low_rank import LowRankDelta
 from ..stack import KVStack, check_matrices
 from . import lora, names, own, processors, published, tokens
-from .loaded import BaseMismatchError, LoadedDelta, check_base
+from .loaded import (
+    BaseMismatchError,
+    LoadedDelta,
+    check_base,
+    check_other_names,
+    check_others,
+    moved,
+    split_base,
+)
 from .loading import _contents, load_delta
 
-FORMATS = ("customdiff", "delta.bin", "compvis", "diffusers", "lora", "kohya", "webui")
+FULL = ("customdiff", "delta.bin", "compvis", "diffusers")  # hold others too
+FORMATS = (*FULL, "lora", "kohya", "webui")
 ModifierTokens = Mapping[str, Tensor | Sequence[Tensor]]
 
 
@@ -29,21 +38,27 @@ def save_delta(
     path: str | PathLike[str],
     *,
     modifier_tokens: ModifierTokens | None = None,
+    others: Mapping[str, Tensor] | None = None,
     format: str = "customdiff",
-    base: KVStack | None = None,
+    base: KVStack | nn.Module | None = None,
     checkpoint: str | PathLike[str] | None = None,
     **metadata: Any,
 ) -> Path:
     """Write a concept to ``path``, in our format or in a published one (docs/formats.md); returns the path.
 
     delta: a ``LowRankDelta``, a ``KVStack`` difference, {segment name: change (rows,E)}, or what
-        ``load_delta`` returned, whose modifier tokens and metadata are kept.
+        ``load_delta`` returned, whose modifier tokens, others and metadata are kept. {} where there are only
+        modifier tokens or others ("customdiff").
     modifier_tokens: {word: its embedding (E,)}, or a sequence of them, one for each text encoder.
+    others: {parameter name of the UNet: its change}, of parameters beside keys and values; beside whole
+        weights the whole parameters. "customdiff" holds any, "delta.bin" too; "compvis" and "diffusers" those
+        of the cross-attention.
     format: "customdiff", "delta.bin" and "compvis" are one file; "diffusers", "lora", "kohya" and "webui" a
         folder with the modifier tokens in files of their own.
     base: the weights that a change belongs to, needed where the format holds whole weights. The low-rank
         factors of "delta.bin" and "compvis" are written as their compressed form without it, as whole weights
-        with it. "customdiff" makes a change of whole weights with it. It must be the base recorded, if any.
+        with it. "customdiff" makes a change of whole weights with it. It must be the base recorded, if any,
+        and where there are others the UNet itself.
     checkpoint: for "webui": the base model as one file in CompVis' layout, which is written anew with the
         keys and values of the concept.
     metadata: ``base_hash`` (``KVStack.hash()`` of the base: what loading checks), ``base_name``,
@@ -58,15 +73,15 @@ def save_delta(
     path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if base is not None and not isinstance(base, KVStack):
-        raise TypeError(f"base must be a KVStack, got {type(base).__name__}")
+    if base is not None and not isinstance(base, (KVStack, nn.Module)):
+        raise TypeError(f"base must be a KVStack or a UNet, got {type(base).__name__}")
     if (checkpoint is None) == (format == "webui"):
         raise ValueError(
             "checkpoint must be the base model's file for format='webui', and is for no other format"
         )
     if checkpoint is not None and base is not None:
         raise ValueError("base must be left out with checkpoint, whose keys and values are the base's")
-    loaded = _checked(delta, modifier_tokens, metadata)
+    loaded = _checked(delta, modifier_tokens, others, metadata)
     state: dict[str, Tensor] = {}
     if checkpoint is not None:
         whole = load_delta(checkpoint, kv_only=True)
@@ -85,14 +100,18 @@ def save_delta(
     return path
 
 
-def _checked(delta: Any, modifier_tokens: ModifierTokens | None, metadata: Mapping[str, Any]) -> LoadedDelta:
+def _checked(
+    delta: Any,
+    modifier_tokens: ModifierTokens | None,
+    others: Mapping[str, Tensor] | None,
+    metadata: Mapping[str, Any],
+) -> LoadedDelta:
     """What is to be written, on the CPU and finite, with its own words and metadata added."""
     kept: dict[str, Any] = {}
     if isinstance(delta, LoadedDelta):
         kept = {n: v for n, v in delta.metadata.items() if n not in ("format_version", "library_version")}
         modifier_tokens = delta.modifier_tokens if modifier_tokens is None else modifier_tokens
-        if delta.kind == "tokens":
-            raise ValueError("delta holds modifier tokens alone, and no weights to save")
+        others = delta.others if others is None else others
         loaded = LoadedDelta(delta.delta, weights=delta.weights)
     else:
         loaded = LoadedDelta(delta)
@@ -103,6 +122,8 @@ def _checked(delta: Any, modifier_tokens: ModifierTokens | None, metadata: Mappi
     fields = {name: value for name, value in {**kept, **metadata}.items() if value is not None}
     own.check_metadata(fields)
     loaded.metadata, loaded.modifier_tokens = fields, _token_rows(modifier_tokens or {})
+    check_other_names(others or {})
+    loaded.others = {name: _plain(name, value) for name, value in (others or {}).items()}
     if isinstance(loaded.delta, LowRankDelta):
         pairs = {}
         for name, (u, v) in loaded.delta.factors.items():
@@ -112,7 +133,9 @@ def _checked(delta: Any, modifier_tokens: ModifierTokens | None, metadata: Mappi
         check_matrices("weights", loaded.weights)
         loaded.weights = {name: _plain(name, matrix) for name, matrix in loaded.weights.items()}
     else:
-        check_matrices("delta", loaded.delta)
+        empty = isinstance(loaded.delta, Mapping) and not loaded.delta
+        if not empty or not (loaded.others or loaded.modifier_tokens):
+            check_matrices("delta", loaded.delta)
         loaded.delta = {name: _plain(name, matrix) for name, matrix in loaded.delta.items()}
     return loaded
 
@@ -146,20 +169,40 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _converted(loaded: LoadedDelta, format: str, base: KVStack | None) -> LoadedDelta:
+def _converted(loaded: LoadedDelta, format: str, base: KVStack | nn.Module | None) -> LoadedDelta:
     """``loaded`` as the change or the whole weights that ``format`` holds."""
-    if base is not None:
-        check_base(base, loaded.metadata)
-        loaded.metadata["base_hash"] = base.hash()
+    if loaded.others and format not in FULL:
+        raise ValueError(
+            f"format={format!r} holds keys and values alone, and delta changes {len(loaded.others)} other "
+            f"weights, first {next(iter(loaded.others))!r}: one of {', '.join(FULL)} holds them"
+        )
+    if loaded.kind == "tokens" and format != "customdiff":
+        raise ValueError(
+            f"format={format!r} holds weights, and delta modifier tokens alone: use 'customdiff'"
+        )
+    stack, parameters = (None, {}) if base is None else split_base(base)
+    if stack is not None:
+        check_base(stack, loaded.metadata)
+        loaded.metadata["base_hash"] = stack.hash()
     if format in ("lora", "kohya") or (format == "customdiff" and base is None):
         return loaded
     if format == "customdiff":
         assert base is not None
         return loaded.relative_to(base)
-    if base is not None:
-        weights = loaded.weights_on(base)
-        return replace(loaded, delta={}, weights={n: _plain(n, weight) for n, weight in weights.items()})
-    if loaded.weights or (isinstance(loaded.delta, LowRankDelta) and format in ("delta.bin", "compvis")):
+    if stack is not None:
+        weights, others = loaded.weights_on(stack), loaded.others
+        if not loaded.weights:
+            check_others(parameters, others)
+            others = {n: moved(parameters[n], change, 1.0, whole=False) for n, change in others.items()}
+        return replace(
+            loaded,
+            delta={},
+            weights={name: _plain(name, weight) for name, weight in weights.items()},
+            others={name: _plain(name, weight) for name, weight in others.items()},
+        )
+    if loaded.weights:
+        return loaded
+    if isinstance(loaded.delta, LowRankDelta) and format in ("delta.bin", "compvis") and not loaded.others:
         return loaded
     raise ValueError(
         f"format={format!r} holds whole weights, and delta is a change of them: give base=, the weights that "

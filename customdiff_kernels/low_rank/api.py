@@ -42,7 +42,7 @@ def reconstruct(
     """
     stack = as_stack("base", base)
     deltas = as_deltas(deltas)
-    weights = _scales(scales, len(deltas))
+    weights = as_scales(scales, len(deltas))
     sums = _checks.sum_dtype(stack.weight.dtype)
     weight, rows = stack.weight, {name: start for name, start, _ in stack.segments}
     terms: list[tuple[Tensor, Tensor, int, float]] = []
@@ -79,7 +79,8 @@ def as_deltas(deltas: Delta | Iterable[Delta]) -> list[Delta]:
     return found
 
 
-def _scales(scales: float | Sequence[float] | Tensor | None, count: int) -> list[float | Tensor | None]:
+def as_scales(scales: float | Sequence[float] | Tensor | None, count: int) -> list[float | Tensor | None]:
+    """One for each of ``count`` deltas; None is 1."""
     if scales is None:
         return [None] * count
     single = isinstance(scales, numbers.Real) or (isinstance(scales, Tensor) and scales.dim() == 0)

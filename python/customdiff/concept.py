@@ -63,7 +63,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], words: Sequence[Iterable[st
 
 
 class TextFeatures(NamedTuple):
-    """context (B,S,E): what the UNet attends to. pooled (B,P): of whole prompts, where the UNet takes them."""
+    """context (B,S,E): what the UNet attends to. pooled (B,P): of whole prompts, where the UNet reads it."""
 
     context: Tensor
     pooled: Tensor | None
@@ -144,39 +144,50 @@ def base_metadata(stack: ck.KVStack) -> dict[str, str]:
 class Concept:
     """What one training run learned, or several merged.
 
-    delta: the change of the K/V weights by segment, {name: (rows,E)} or ck.LowRankDelta.
+    delta: the change of the K/V weights by segment, {name: (rows,E)} or ck.LowRankDelta; {} for modifier
+        tokens or others alone.
     modifier_tokens: {word: (E,)}, with a tuple of these for several text encoders.
     metadata: what JSON can hold; among it ``base_metadata`` of the weights that the delta belongs to.
     weights: the changed weights themselves in the place of ``delta``, where a file holds these.
+    others: the change of other parameters of the UNet by their names; beside ``weights`` these themselves.
     """
 
     delta: Mapping[str, Tensor] | ck.LowRankDelta
     modifier_tokens: dict[str, Row] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | PathLike) -> Concept:
         """Read a file that ``save`` wrote, or any format that ``ck.load_delta`` knows."""
         found = ck.load_delta(path)
-        return cls(found.delta, dict(found.modifier_tokens), dict(found.metadata), found.weights)
+        return cls(
+            found.delta, dict(found.modifier_tokens), dict(found.metadata), found.weights, found.others
+        )
 
-    def of(self, stack: ck.KVStack) -> Concept:
-        """The concept as a change of ``stack``, whose base it must be (`check_base`); mostly itself."""
+    def of(self, base: ck.KVStack | torch.nn.Module) -> Concept:
+        """The concept as a change of ``base``, whose base it must be (`check_base`); mostly itself.
+
+        ``base``: the keys and values, or the UNet, which ``others`` beside whole ``weights`` need.
+        """
+        stack = base if isinstance(base, ck.KVStack) else ck.KVStack.from_unet(base)
         self.check_base(stack)
         if not self.weights:
             return self
-        weights = {name: weight.to(stack.weight.device) for name, weight in self.weights.items()}
         # the base is checked above, in the dtype of the stack
-        found = ck.LoadedDelta({}, weights=weights).relative_to(stack)
-        return Concept(found.delta, self.modifier_tokens, {**self.metadata, **base_metadata(stack)})
+        found = ck.LoadedDelta({}, weights=self.weights, others=self.others).relative_to(base)
+        metadata = {**self.metadata, **base_metadata(stack)}
+        return Concept(found.delta, self.modifier_tokens, metadata, others=found.others)
 
     def save(self, path: str | PathLike) -> None:
         """Write a safetensors file, whole or not at all."""
         own = {"format_version", "library_version"}  # written anew with every file
         metadata = {name: value for name, value in self.metadata.items() if name not in own}
-        held = ck.LoadedDelta(self.delta, weights=self.weights) if self.weights else self.delta
-        ck.save_delta(held, path, modifier_tokens=self.modifier_tokens, **metadata)
+        ck.save_delta(self._held(), path, modifier_tokens=self.modifier_tokens, **metadata)
+
+    def _held(self) -> ck.LoadedDelta:
+        return ck.LoadedDelta(self.delta, weights=self.weights, others=self.others)
 
     def check_base(self, stack: ck.KVStack) -> None:
         """Raise ck.BaseMismatchError unless ``stack`` holds the very weights that the delta is of."""
@@ -210,7 +221,8 @@ class Concept:
         another base.
         """
         self.check_base(ck.KVStack.from_unet(pipe.unet))
-        if not self.delta and not self.weights and not self.modifier_tokens:
+        held = self._held()
+        if held.kind == "tokens" and not self.modifier_tokens:
             raise ValueError(
                 "concept has neither a weight delta nor a modifier token: there is nothing to load"
             )
@@ -218,8 +230,7 @@ class Concept:
         table = encoder.get_input_embeddings().weight
         for word, row in self.modifier_tokens.items():
             _check_row(word, row, [table.shape[1]])
-        held = ck.LoadedDelta(self.delta, weights=self.weights)
-        names = ck.apply_delta(pipe.unet, held, force=True) if self.delta or self.weights else []
+        names = [] if held.kind == "tokens" else ck.apply_delta(pipe.unet, held, force=True)
         tokenizer.add_tokens([word for word in self.modifier_tokens if _token_id(tokenizer, word) is None])
         if len(tokenizer) > table.shape[0]:
             encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)

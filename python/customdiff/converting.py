@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import customdiff_kernels as ck
 
 from .concept import base_metadata
@@ -33,15 +31,17 @@ def convert(
     """
     found = ck.load_delta(source, kv_only=kv_only)
     low_rank = isinstance(found.delta, ck.LowRankDelta)
-    stack = None
+    unet = None
     if base is not None:
-        stack = _stack(Path(base))
+        unet = _unet(Path(base))
         found = replace(found, metadata={"base_name": Path(base).resolve().name, **found.metadata})
-    elif found.delta and (format == "diffusers" or (format in ("delta.bin", "compvis") and not low_rank)):
-        stack = _embedded(found, format)
-    notes = {} if stack is None else base_metadata(stack)
+    elif found.kind == "delta" and (
+        format == "diffusers" or (format in ("delta.bin", "compvis") and (found.others or not low_rank))
+    ):
+        unet = _embedded(found, format)
+    notes = {} if unet is None else base_metadata(ck.KVStack.from_unet(unet))
     notes.pop("base_hash", None)  # save_delta compares it with the recorded one and writes it
-    path = ck.save_delta(found, output, format=format, base=stack, checkpoint=checkpoint, **notes)
+    path = ck.save_delta(found, output, format=format, base=unet, checkpoint=checkpoint, **notes)
     return {
         "input": str(source),
         "read": found.format,
@@ -49,6 +49,7 @@ def convert(
         "output": str(path),
         "written": format,
         "segments": len(found.delta.factors if low_rank else found.delta or found.weights),
+        "others": list(found.others),
         "modifier_tokens": list(found.modifier_tokens),
         "left_out": list(found.left_out),
         "bytes": size(path),
@@ -61,8 +62,8 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _stack(folder: Path) -> ck.KVStack:
-    """The key and value weights of a pipeline folder; of its UNet alone, the rest is not loaded."""
+def _unet(folder: Path) -> Any:
+    """The UNet of a pipeline folder in float32; the rest is not loaded."""
     from diffusers import UNet2DConditionModel
 
     from .base import without_bars
@@ -71,16 +72,16 @@ def _stack(folder: Path) -> ck.KVStack:
         raise ValueError(f"base {str(folder)!r} is no pipeline folder: it has no unet/config.json")
     with without_bars():
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", local_files_only=True)
-    return ck.KVStack.from_unet(unet).to(torch.float32)
+    return unet.float()
 
 
-def _embedded(found: ck.LoadedDelta, format: str) -> ck.KVStack:
+def _embedded(found: ck.LoadedDelta, format: str) -> Any:
     import tinysd
 
-    stack = _stack(Path(tinysd.path()))
-    if found.metadata.get("base_hash") != stack.hash():
+    unet = _unet(Path(tinysd.path()))
+    if found.metadata.get("base_hash") != ck.KVStack.from_unet(unet).hash():
         raise ValueError(
             f"{format} holds whole weights, and the file a change of its base: give --base, the pipeline "
             f"folder of {found.metadata.get('base_name', 'the model that it was made for')}"
         )
-    return stack
+    return unet

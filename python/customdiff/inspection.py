@@ -14,8 +14,8 @@ from .concept import Concept
 
 
 def describe(concept: Concept, file_bytes: int, values: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Segments (shape, rank, Frobenius norm, energy, bytes), modifier tokens (width, norm), metadata; for
-    JSON.
+    """Segments (shape, rank, Frobenius norm, energy, bytes), other weights (shape, norm, bytes), modifier
+    tokens (width, norm), metadata; for JSON.
 
     ``values``: the singular values, ``ck.singular_values`` of the delta or the weights. A segment's energy is
     its share of the sum of all segments'.
@@ -42,10 +42,15 @@ def describe(concept: Concept, file_bytes: int, values: Mapping[str, Tensor]) ->
         for word, rows in concept.modifier_tokens.items()
         for row in ([rows] if isinstance(rows, Tensor) else rows)
     ]
+    others = [
+        {"name": name, "shape": list(value.shape), "norm": float(value.float().norm()), "bytes": value.nbytes}
+        for name, value in concept.others.items()
+    ]
     return {
         "file_bytes": file_bytes,
         "delta": "low rank" if factors is not None else "whole weights" if concept.weights else "full",
         "segments": segments,
+        "others": others,
         "modifier_tokens": tokens,
         "metadata": dict(concept.metadata),
     }
@@ -62,6 +67,9 @@ def table(found: dict[str, Any]) -> str:
     total = sum(item["bytes"] for item in found["segments"])
     rows.append((f"{len(found['segments'])} segments, {found['delta']}", "", "", "", "", f"{total:,}"))
     lines = [*aligned(rows), ""]
+    if others := found["others"]:
+        size = sum(item["bytes"] for item in others)
+        lines.append(f"{len(others)} other weights, first {others[0]['name']}: {size:,} bytes")
     for token in found["modifier_tokens"]:
         lines.append(f"modifier token {token['word']}  width {token['width']}, norm {token['norm']:.4f}")
     lines += [f"{key}: {value}" for key, value in found["metadata"].items()]

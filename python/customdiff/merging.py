@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -80,6 +81,12 @@ def merge(
             another, if a prompt names no modifier token, or the captions hold too few different tokens.
     """
     rows = _modifier_tokens(concepts)
+    for concept in concepts:
+        if concept.others:
+            raise ValueError(
+                f"concept {concept} changes {len(concept.others)} weights beside keys and values, first "
+                f"{next(iter(concept.others))!r}, for which there is no closed form: train it on these alone"
+            )
     stack = ck.KVStack.from_unet(pipeline.unet).to(torch.float32)
     concepts = [concept.of(stack) for concept in concepts]
     prompts = _target_prompts(concepts, prompts)
@@ -280,6 +287,8 @@ def _target_prompts(
 def _weights(stack: ck.KVStack, concept: Concept) -> ck.KVStack | ck.LowRankDelta:
     """The concept's weights beside the stack's: those of a file are read to the CPU."""
     device, delta = stack.weight.device, concept.delta
+    if not delta:  # modifier tokens alone
+        return stack
     if isinstance(delta, ck.LowRankDelta):
         return delta.to(device)
     return ck.reconstruct(stack, {name: change.to(device) for name, change in delta.items()})
@@ -303,4 +312,4 @@ def _rename(concept: Concept, new: dict[str, str]) -> Concept:
         prompts = ["".join(new[text] if is_word else text for text, is_word in part) for part in parts]
         metadata |= {"prompt": prompts[0], "prompts": prompts}
     rows = {new[word]: row for word, row in concept.modifier_tokens.items()}
-    return Concept(concept.delta, rows, metadata, concept.weights)
+    return replace(concept, modifier_tokens=rows, metadata=metadata)

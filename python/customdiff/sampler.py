@@ -6,6 +6,7 @@ a step serves them all: a concept changes only its rows' keys and values, kv = c
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
@@ -51,6 +52,8 @@ def sample(
         scheduler: any diffusers scheduler (it is copied); default: DDIM with the pipeline's noise schedule.
         output: "pil" (a list of images), "tensor" (B,3,H,W) in 0..1, or "latents" (B,C,h,w).
 
+    A concept that changes more than keys and values (``others``) must be that of all rows; its changes are on
+    the UNet for the call alone.
     Raises ValueError if a prompt lacks the modifier token of its concept, or a concept is of another base.
     """
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -74,7 +77,13 @@ def sample(
         raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
     shape = (pipe.unet.config.in_channels, *_latent_size(pipe, size))
     stack = ck.KVStack.from_unet(pipe.unet)
-    known = {id(concept): concept.of(stack) for concept in _distinct(concepts)}
+    others = [concept for concept in _distinct(concepts) if concept.others]
+    if others and any(concept is not others[0] for concept in concepts):
+        raise ValueError(
+            f"concept {others[0]} changes {len(others[0].others)} weights beside keys and values, which all "
+            "rows share: sample its prompts without other concepts, and without rows that have none"
+        )
+    known = {id(c): c.of(pipe.unet if c.others else stack) for c in _distinct(concepts)}
     concepts = [concept and known[id(concept)] for concept in concepts]
     for prompt, concept in zip(prompts, concepts, strict=True):
         if concept is not None:
@@ -90,7 +99,7 @@ def sample(
     scheduler.set_timesteps(steps, device=pipe.unet.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.unet.device)
-    with ck.patched(pipe.unet):
+    with ck.patched(pipe.unet), _others_on(pipe.unet, concepts[0]):
         latents = denoise(
             pipe.unet, scheduler, noise, context, kv, guidance_scale, eta, generators, progress=progress
         )
@@ -179,6 +188,13 @@ def _latent_size(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int]:
     if len(size) != 2 or any(s % factor or s < factor for s in size):
         raise ValueError(f"size must be (height, width) in multiples of {factor}, got {size}")
     return size[0] // factor, size[1] // factor
+
+
+def _others_on(unet: torch.nn.Module, concept: Concept | None) -> Any:
+    """The concept's changes beside keys and values on the UNet, and off again."""
+    if concept is None or not concept.others:
+        return contextlib.nullcontext()
+    return ck.applied(unet, {name: change.to(unet.device) for name, change in concept.others.items()})
 
 
 def _distinct(concepts: Sequence[Concept | None]) -> list[Concept]:

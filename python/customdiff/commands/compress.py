@@ -48,6 +48,14 @@ def run(options: argparse.Namespace) -> None:
             f"{options.concept} holds whole weights, not a change of a base: make it one first, with "
             f"customdiff convert {options.concept} --to customdiff --base DIR --output FILE"
         )
+    if concept.others:
+        raise ValueError(
+            f"{options.concept} changes {len(concept.others)} weights beside keys and values, first "
+            f"{next(iter(concept.others))}, which are not compressed; customdiff convert --kv-only leaves "
+            "them out"
+        )
+    if not concept.delta:
+        raise ValueError(f"{options.concept} holds modifier tokens alone: there is nothing to compress")
     with segment_bar("compressing", concept.delta, options.quiet) as bar:
         delta, report = ck.compress(
             concept.delta,

@@ -64,4 +64,7 @@ def run(options: argparse.Namespace) -> None:
     if done["left_out"]:
         print(f"left out: {len(done['left_out'])} other weights, first {done['left_out'][0]}")
     words = ", ".join(done["modifier_tokens"]) or "no modifier token"
-    print(f"{output}: {done['segments']} segments from {done['read']}, {words}, {done['bytes']:,} bytes")
+    others = f" and {len(done['others'])} other weights" if done["others"] else ""
+    print(
+        f"{output}: {done['segments']} segments{others} from {done['read']}, {words}, {done['bytes']:,} bytes"
+    )
