@@ -336,6 +336,10 @@ assert main("inspect {root}/a.safetensors --plot {tmp_path}/a.png".split()) == 2
         ("train --images {root}/base --output {root}/n.safetensors --prompts <new1>", "no PNG or JPEG"),
         ("train --images {root}/pictures --output {root}/n.safetensors --prompts dog", "no modifier token"),
         ("train --images {root}/pictures --output {root}/a.safetensors --prompts <new1>", "exists"),
+        (
+            "train --images {root}/pictures --output {root}/n.safetensors",
+            "prompts is empty, and so is category",
+        ),
         ("sample --base {root} --prompt dog", "model_index.json"),
         ("sample --base {root}/base --prompt dog --concept {root}/no.safetensors", "does not exist"),
         (
@@ -394,7 +398,7 @@ def test_bad_input_is_one_line_and_status_2(root, run, line, message):
     "line",
     [
         "",
-        "train --images x",
+        "train --images x --weights all",
         "sample --prompt dog --count 0",
         "sample --prompt dog --concept a --concept b",
         "compress x --output y",

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 import tinysd  # noqa: E402
 from customdiff import demo  # noqa: E402
 from customdiff.data import read_captioned, read_pictures  # noqa: E402
-from customdiff.metrics import Clip, without_modifiers  # noqa: E402
+from customdiff.metrics import Clip, without_words  # noqa: E402
 from tinysd import world  # noqa: E402
 
 
@@ -27,11 +27,11 @@ def test_clip_tells_concepts_and_captions_apart():
     right, wrong = ["photo of a <new1> dog"] * 4, ["photo of a <new1> cup"] * 4
     assert clip.text_alignment(dogs, right, ["<new1>"]) > clip.text_alignment(dogs, wrong, ["<new1>"]) + 0.05
     assert (
-        without_modifiers("photo of a <new1> dog and a <new2> cat", ["<new1>", "<new2>"])
+        without_words("photo of a <new1> dog and a <new2> cat", ["<new1>", "<new2>"])
         == "photo of a dog and a cat"
     )
-    assert without_modifiers("photo of a <new1>, a dog", ["<new1>"]) == "photo of a , a dog"
-    assert without_modifiers("a sks dog asks", ["sks"]) == "a dog asks"
+    assert without_words("photo of a <new1>, a dog", ["<new1>"]) == "photo of a , a dog"
+    assert without_words("a sks dog asks", ["sks"]) == "a dog asks"
     with pytest.raises(ValueError, match="one a sample: got 1 for 4"):
         clip.text_alignment(dogs, right[:1])
     with pytest.raises(ValueError, match="empty"):

@@ -20,7 +20,7 @@ from customdiff.base import load_text_encoder  # noqa: E402
 from customdiff.collection import Collection  # noqa: E402
 from customdiff.config import TrainConfig  # noqa: E402
 from customdiff.retrieval import TextSpace, retrieve, similarities  # noqa: E402
-from customdiff.trainer import Pictures  # noqa: E402
+from customdiff.views import Pictures  # noqa: E402
 from tinysd import world  # noqa: E402
 
 PROMPT = "photo of a <new1> dog"

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import customdiff_kernels as ck
@@ -98,3 +100,15 @@ def concept(pipe, seed: int, *words: str, low_rank: bool = False) -> Concept:
     else:
         delta = {name: 0.1 * matrix(*w.shape) for name, w in stack.items()}
     return Concept(delta, {word: matrix(32) for word in words or ["<new1>"]}, base_metadata(stack))
+
+
+def pictures(folder: Path, count, seed, caption=None, size=(40, 52)):
+    """Writes random pictures of a size, perhaps with a caption beside each; returns the folder."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        image = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8))
+        image.save(folder / f"{i}.{'jpg' if i == 0 else 'png'}")
+        if caption:
+            (folder / f"{i}.txt").write_text(caption)
+    return str(folder)

@@ -10,6 +10,7 @@ from typing import Any
 
 from .base import silence
 from .commands import COMMANDS
+from .config import Stopped
 
 EXAMPLES = """examples:
   customdiff train --images my_dog/ --prompts "photo of a <new1> dog" --output dog.safetensors
@@ -30,6 +31,7 @@ OPTIONAL = (
     "torchmetrics",
     "tqdm",
     "transformers",
+    "yaml",
 )  # not in a plain install
 
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             options.run(options)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             print(f"customdiff {options.command}: error: {error}", file=sys.stderr)
             return 2
         except ModuleNotFoundError as error:
@@ -55,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
+        except Stopped as told:
+            print(f"customdiff {options.command}: {told}", file=sys.stderr)
+            return 143  # as a process that SIGTERM ended
         except KeyboardInterrupt:
             print(f"customdiff {options.command}: interrupted", file=sys.stderr)
             return 130

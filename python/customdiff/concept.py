@@ -279,6 +279,12 @@ def mentions(prompt: str, words: list[str]) -> bool:
     return any(is_word for _, is_word in split_words(prompt, words))
 
 
+def without_words(prompt: str, words: Iterable[str]) -> str:
+    """`prompt` without the modifier tokens `words`: "photo of a <new1> dog" becomes "photo of a dog"."""
+    kept = [piece for piece, is_word in split_words(prompt, list(words)) if not is_word]
+    return " ".join(" ".join(kept).split())
+
+
 def _hash_key(dtype: torch.dtype) -> str:
     # KVStack.hash rounds to float16: equal for float32 and float16 loads of one file, not for bfloat16 ones
     return "base_hash_bfloat16" if dtype == torch.bfloat16 else "base_hash"

@@ -1,17 +1,23 @@
-"""The trainer's configuration: one frozen dataclass, from which the command line takes its options."""
+"""What a training run depends on: frozen dataclasses, from which options.py makes command line and YAML."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 PAPER_LEARNING_RATE = 8e-5  # Custom Diffusion, section 3.2: 1e-5 times a batch of 8
+PAPER_STEPS = 250  # for one concept; appendix D: 500 for several
 # The embedded base is small: its matrices have to move further, and a row of 128 numbers further still.
 EMBEDDED_LEARNING_RATE, EMBEDDED_EMBEDDING_RATE = 1e-3, 1.5e-2
+WHOLE_UNET = 0.1  # appendix D: all of the UNet learns at a tenth of the rate of keys and values
+
+RARE, NORMAL, CATEGORY = "<rare>", "<normal>", "<category>"  # of initializer_token; no words of a vocabulary
+GENERATED = "generated"  # of regularization
+
+
+class Stopped(RuntimeError):
+    """The run was told to stop (SIGTERM, or Ctrl-C once), and wrote a checkpoint from which it can go on."""
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
@@ -19,80 +25,196 @@ def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """What one training run depends on; equal configurations give equal bits.
+class ConceptConfig:
+    """One concept to learn: its pictures and the words for it.
 
     Raises:
-        ValueError: if a number is out of range, the modifier token is no word, or a prompt lacks it.
+        ValueError: if there are no pictures or no words, the modifier token is no word, or a prompt lacks it.
     """
 
-    images: str = option(help="folder with the concept's pictures (PNG or JPEG, any size)")
+    images: str | None = option(None, help="folder with the concept's pictures (PNG or JPEG, any size)")
     prompts: tuple[str, ...] = option(
-        help='one or more prompts for these pictures, each with the modifier token: "photo of a <new1> dog"'
+        (),
+        help="one or more prompts for these pictures, each with the modifier token (default: "
+        '"photo of a <new1> dog", of the category; of a style "painting in the style of <new1> art")',
     )
-    output: str = option("concept.safetensors", help="the concept file to write")
-    base: str | None = option(None, help="folder of a Stable Diffusion pipeline (default: the embedded one)")
-    modifier_token: str = option("<new1>", help="the word that comes to mean the concept, V* in the paper")
-    initializer_token: str = option("ktn", help="rare word whose embedding V* starts from; one token")
+    category: str | None = option(None, help='what the concept is one of: "dog"; of a style: "art"')
+    style: bool = option(
+        False, help="the pictures share a style, not a subject: other prompts, no size words"
+    )
+    modifier_token: str | None = option(
+        "<new1>",
+        help='the word that comes to mean the concept, V* in the paper; "none" teaches a category by its '
+        "own name",
+    )
+    initializer_token: str = option(
+        RARE,
+        help=f'what V* starts from: "{RARE}", a rare token by the paper\'s rule; "{NORMAL}", a draw with '
+        f'mean and deviation of all embeddings; "{CATEGORY}"; or a word that is one token',
+    )
     regularization: str | None = option(
         None,
-        help="folder of real pictures of the category, captioned (.txt beside each, or captions.csv/.jsonl); "
-        "customdiff retrieve makes one",
+        help="folder of real pictures of the category, captioned (.txt beside each, or captions.csv/.jsonl), "
+        f'as customdiff retrieve makes one; or "{GENERATED}", by the base itself',
     )
-    prior_weight: float = option(1.0, help="weight of the loss on the regularization pictures")
+    regularization_prompt: str | None = option(
+        None,
+        help="of pictures without a caption there, and of generated ones (default: the first prompt without "
+        "its modifier token)",
+    )
+
+    def __post_init__(self) -> None:
+        from .concept import mentions, without_words  # here: torch is not needed to describe the options
+
+        word = None if self.modifier_token in (None, "none") else self.modifier_token
+        if word is not None and word.split() != [word]:
+            raise ValueError(f"modifier_token must be one word, as '<new1>', got {self.modifier_token!r}")
+        if word in (RARE, NORMAL, CATEGORY):
+            raise ValueError(f"modifier_token {word!r} has a meaning as initializer_token; name another word")
+        prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts)
+        if not prompts and self.category is not None:
+            named = " ".join(filter(None, (word, self.category)))
+            prompts = (f"painting in the style of {named}" if self.style else f"photo of a {named}",)
+        if not prompts:
+            raise ValueError(
+                f'prompts is empty, and so is category; give either: "photo of a {word or ""} dog", or "dog"'
+            )
+        for prompt in prompts:
+            if not prompt.strip():
+                raise ValueError("prompts has an empty one; leave it out")
+            if word is not None and not mentions(prompt, [word]):
+                raise ValueError(
+                    f"prompt {prompt!r} has no modifier token {word!r} as a word of its own; "
+                    f'write "photo of a {word} dog", or name another modifier_token ("none" for a category)'
+                )
+        if self.initializer_token == CATEGORY and not self.category:
+            raise ValueError(f"initializer_token {CATEGORY!r} needs a category")
+        if not self.images:
+            raise ValueError("images is missing: the folder with the concept's pictures")
+        about = self.regularization_prompt or without_words(prompts[0], [word] if word else [])
+        resolved = {"modifier_token": word, "prompts": prompts, "regularization_prompt": about}
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class TrainConfig(ConceptConfig):
+    """What one training run depends on; equal configurations give equal bits.
+
+    One concept is described by the fields of ``ConceptConfig``, several by ``concepts`` in their place.
+
+    Raises:
+        ValueError: if a number is out of range, two concepts share a modifier token, or as ``ConceptConfig``.
+    """
+
+    concepts: tuple[ConceptConfig, ...] = option(
+        (), help="JSON list of several concepts to learn jointly, as the published concept_list.json"
+    )
+    output: str = option("concept.safetensors", help="the concept file to write")
+    base: str | None = option(
+        None, help="folder of a Stable Diffusion 1.x, 2.x or XL pipeline (default: the embedded one)"
+    )
+    start_from: str | None = option(
+        None, help="concept file to go on from: sequential training; its words and its change stay"
+    )
+    weights: Literal["kv", "cross-attention", "unet", "none"] = option(
+        "kv",
+        help="of the UNet, that train: keys and values, also queries and output of cross-attention, all, or "
+        "none (Textual Inversion)",
+    )
+    train_modifier_token: bool = option(True, help="whether V* is optimized, or stays what it starts from")
+    prior_weight: float = option(
+        1.0,
+        help="weight of the loss on the regularization pictures; the published code's mean over the mixed "
+        "batch is the same to AdamW",
+    )
     caption_dropout: float = option(
         0.1, help="share of regularization captions left empty, so that guidance keeps its unconditional side"
     )
-    steps: int = option(250, help="optimizer steps")
-    batch_size: int = option(4, help="concept pictures a step, and as many regularization pictures")
+    generated_count: int = option(200, help="regularization pictures that are generated where asked for")
+    generated_steps: int = option(50, help="denoising steps of each of these")
+    steps: int | None = option(
+        None, help=f"optimizer steps (default: {PAPER_STEPS} for one concept, twice that for several)"
+    )
+    batch_size: int = option(
+        4, help="concept pictures a step, of all processes together, and as many regularization pictures"
+    )
+    accumulation: int = option(
+        1, help="passes that a process takes a step's pictures in: less memory, the same result"
+    )
     learning_rate: float | None = option(
         None,
-        help=f"of AdamW on K/V (default: {EMBEDDED_LEARNING_RATE:g} for the embedded base, the paper's "
-        f"{PAPER_LEARNING_RATE:g} for any other)",
+        help=f"of AdamW on the UNet's weights (default: the paper's {PAPER_LEARNING_RATE:g}, for the "
+        f"embedded base {EMBEDDED_LEARNING_RATE:g}; a tenth of it where all weights train)",
     )
     embedding_learning_rate: float | None = option(
         None,
-        help=f"of AdamW on V* (default: {EMBEDDED_EMBEDDING_RATE:g} for the embedded base, as for K/V, which "
-        "is the paper's way, for any other)",
+        help=f"of AdamW on V* (default: as for K/V, which is the paper's way; for the embedded base "
+        f"{EMBEDDED_EMBEDDING_RATE:g})",
     )
     cooldown: float = option(0.0, help="share of the steps, the last ones, in which the rate falls to zero")
-    weight_decay: float = option(1e-2, help="of AdamW, on K/V and on V*; no other embedding is a parameter")
+    weight_decay: float = option(1e-2, help="of AdamW, on what trains; no other embedding is a parameter")
+    optimizer: Literal["adamw", "adamw8bit"] = option("adamw", help="adamw8bit is that of bitsandbytes")
     min_snr_gamma: float | None = option(None, help="weigh the loss by min(SNR, gamma); 5 is usual")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", help="what is learned stays float32")
+    gradient_checkpointing: bool = option(False, help="less memory, a third more time")
+    copies: int = option(
+        8, help="augmented copies of each picture of each kind whose latents are kept and drawn from"
+    )
+    crop: Literal["centre", "squash"] = option("centre", help="how a picture is made square")
+    flip: bool = option(False, help="mirror half of the copies")
     shift: float = option(0.05, help="move a concept picture at random by up to this share of its side")
     resize: float = option(
-        0.0,
-        help="share of concept pictures shown smaller or larger, with size words before the first prompt, "
-        'which should begin with "photo of"',
+        0.0, help="share of concept pictures shown smaller or larger, with size words in the prompt"
+    )
+    resize_from: float = option(0.4, help="the smallest size they are shown at, as a share of the side")
+    size_words: Literal["after", "before"] = option(
+        "after", help='where the words of size stand: after the prompt, or before one that begins "photo of"'
     )
     resolution: int | None = option(None, help="side of the training pictures (default: the base's own)")
+    rare_captions: str | None = option(
+        None, help=f'captions (.txt, .csv, .jsonl) in which "{RARE}" counts words (default: known rare words)'
+    )
     seed: int = option(0, help="of every random draw")
     device: str | None = option(None, help="torch device (default: cuda where there is one, else cpu)")
     checkpoint_every: int = option(0, help="keep a resumable checkpoint every so many steps; 0: none")
-    resume: bool = option(False, help="go on from the checkpoint beside --output")
+    keep_every: int = option(0, help="keep the concept so far every so many steps, as NAME-000100; 0: none")
+    validation_prompts: tuple[str, ...] = option((), help="prompts to draw while training")
+    validation_every: int = option(50, help="steps between these drawings")
+    log_with: Literal["tensorboard", "wandb"] | None = option(
+        None, help="where loss, rates and drawings are logged, through accelerate"
+    )
+    resume: bool = option(False, help="go on from the checkpoint beside --output, where there is one")
     overwrite: bool = option(False, help="replace --output if it exists")
 
     def __post_init__(self) -> None:
-        from .concept import mentions  # here: torch is not needed to describe the options
-
-        if self.modifier_token.split() != [self.modifier_token]:
-            raise ValueError(f"modifier_token must be one word, as '<new1>', got {self.modifier_token!r}")
-        if isinstance(self.prompts, str):
-            object.__setattr__(self, "prompts", (self.prompts,))
-        object.__setattr__(self, "prompts", tuple(self.prompts))
-        if not self.prompts:
+        object.__setattr__(self, "concepts", tuple(self.concepts))
+        if not self.concepts:
+            super().__post_init__()
+        elif self.images or self.prompts or self.category:
+            raise ValueError("concepts is given, and images, prompts or category too; put all into concepts")
+        words = [concept.modifier_token for concept in self.subjects if concept.modifier_token]
+        if len(set(words)) < len(words):
+            raise ValueError(f"concepts must have modifier tokens of their own, got {', '.join(words)}")
+        if isinstance(self.validation_prompts, str):
+            object.__setattr__(self, "validation_prompts", (self.validation_prompts,))
+        if self.steps is None:
+            object.__setattr__(self, "steps", PAPER_STEPS * min(2, len(self.subjects)))
+        if self.weights == "none" and not (words and self.train_modifier_token):
             raise ValueError(
-                f'prompts is empty; give at least one, as "photo of a {self.modifier_token} dog"'
+                "weights='none' trains V* alone, and there is no V* to train: nothing would learn"
             )
-        for prompt in self.prompts:
-            if not mentions(prompt, [self.modifier_token]):
-                raise ValueError(
-                    f"prompt {prompt!r} has no modifier token {self.modifier_token!r} as a word of its own; "
-                    f'write "photo of a {self.modifier_token} dog", or name another modifier_token'
-                )
-        for name, low in (("steps", 1), ("batch_size", 1), ("checkpoint_every", 0), ("seed", 0)):
-            _at_least(name, getattr(self, name), low)
-        for name in ("prior_weight", "weight_decay", "shift"):
-            _at_least(name, getattr(self, name), 0.0)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        at_least = {
+            1: "steps batch_size accumulation copies generated_count generated_steps validation_every",
+            0: "checkpoint_every keep_every seed prior_weight weight_decay shift",
+        }
+        for low, names in at_least.items():
+            for name in names.split():
+                if not getattr(self, name) >= low:
+                    raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("learning_rate", "embedding_learning_rate", "min_snr_gamma", "resolution"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -102,67 +224,36 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a share, 0 to 1, got {getattr(self, name)}")
         if self.shift > 0.5:
             raise ValueError(f"shift must be at most 0.5 of the picture's side, got {self.shift}")
+        if not 0 < self.resize_from <= 1:
+            raise ValueError(f"resize_from must be above 0 and at most 1, got {self.resize_from}")
+        if self.accumulation > self.batch_size:
+            raise ValueError(
+                f"accumulation must be at most batch_size, got {self.accumulation} for {self.batch_size}"
+            )
+
+    @property
+    def subjects(self) -> tuple[ConceptConfig, ...]:
+        """The concepts to learn: `concepts`, or the one that the fields themselves describe."""
+        return self.concepts or (self,)
 
     def rates(self, step: int, embedded: bool) -> tuple[float, float]:
-        """The learning rates of K/V and of V* at a step, counted from 0: constant, then linear to zero.
+        """The learning rates of the weights and of V* at a step, counted from 0: constant, then linear to
+        zero.
 
         `embedded`: whether the base is the embedded one, for the defaults.
         """
         weight, row = self.learning_rate, self.embedding_learning_rate
+        if row is None:
+            row = EMBEDDED_EMBEDDING_RATE if embedded else weight or PAPER_LEARNING_RATE
         if weight is None:
             weight = EMBEDDED_LEARNING_RATE if embedded else PAPER_LEARNING_RATE
-        if row is None:
-            row = EMBEDDED_EMBEDDING_RATE if embedded else weight
+            weight *= WHOLE_UNET if self.weights == "unet" else 1
         last = self.cooldown * self.steps
         share = min(1.0, (self.steps - step) / last) if last else 1.0
         return share * weight, share * row
 
     def mathematics(self) -> dict[str, Any]:
         """The fields that the result depends on: what a checkpoint must agree with to be resumed."""
-        control = {"output", "checkpoint_every", "resume", "overwrite"}
+        control = {"output", "checkpoint_every", "keep_every", "resume", "overwrite", "log_with"}
+        control |= {"validation_prompts", "validation_every", "accumulation", "gradient_checkpointing"}
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in control}
-
-
-def _at_least(name: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Gives `parser` one option a field of TrainConfig, `--like-this`."""
-    hints = typing.get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        flag = "--" + field.name.replace("_", "-")
-        kind, many = _scalar(hints[field.name])
-        text = field.metadata["help"].replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-            continue
-        required = field.default is dataclasses.MISSING
-        if not required and field.default is not None:
-            text += f" (default: {field.default})"
-        parser.add_argument(
-            flag,
-            type=kind,
-            nargs="+" if many else None,
-            required=required,
-            default=None if required else field.default,
-            metavar=kind.__name__.upper() if kind is not str else "TEXT",
-            help=text,
-        )
-
-
-def from_arguments(arguments: argparse.Namespace) -> TrainConfig:
-    """The configuration in a namespace parsed with `add_arguments`."""
-    return TrainConfig(
-        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainConfig)}
-    )
-
-
-def _scalar(hint: Any) -> tuple[type, bool]:
-    """(type of one value, whether there may be several) of a field: X, X | None, or tuple[X, ...]."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        hint = next(argument for argument in typing.get_args(hint) if argument is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False

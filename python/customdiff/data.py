@@ -13,18 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PUBLISHED_LISTS = ("images.txt", "caption.txt")
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
-SHIFTED_COPIES = 4
-RESIZED_COPIES = 12
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow may raise
-SMALLER, LARGER = (1 / 3, 1.0), (1.2, 1.4)  # of the side; two pictures of three are made smaller
-SMALL = 0.6  # and below it the words say so
-SMALL_WORDS, LARGE_WORDS = ("a far away ", "very small "), ("zoomed in ", "close up ")
 
 
 class Latents(NamedTuple):
@@ -33,9 +28,8 @@ class Latents(NamedTuple):
     mean: Tensor
     std: Tensor
 
-    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """One sample for each row of `index`; the noise is drawn on the CPU, so alike on every device."""
-        noise = torch.randn(index.shape + self.mean.shape[1:], generator=generator)
+    def at(self, index: Tensor, noise: Tensor) -> Tensor:
+        """The sample of each row of `index` that standard normal `noise` (len(index), c, h, w) makes."""
         index = index.to(self.mean.device)
         return self.mean[index] + self.std[index] * noise.to(self.mean)
 
@@ -58,11 +52,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, resolution: int) -> Image.Image:
-    """The centre square of `image`, resized to `resolution`."""
+def square(image: Image.Image, resolution: int, crop: str = "centre") -> Image.Image:
+    """The "centre" square of `image`, or all of it "squash"ed to one, resized to `resolution`."""
     side = min(image.size)
     if image.size == (resolution, resolution):
         return image
+    if crop == "squash":
+        return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     centre = image.crop((left, top, left + side, top + side))
     return centre.resize((resolution, resolution), Image.Resampling.LANCZOS)
@@ -101,18 +97,26 @@ def picture_paths(folder: str | Path) -> list[Path]:
     return paths
 
 
-def read_captioned(folder: str | Path) -> tuple[list[Path], list[str]]:
+def read_captioned(folder: str | Path, otherwise: str | None = None) -> tuple[list[Path], list[str]]:
     """The pictures of `folder`, as `picture_paths`, and their captions.
 
     A caption stands in a .txt file beside its picture, or in captions.csv (columns file, caption) or
-    captions.jsonl (keys "file" and "caption"; the names "file_name" and "text" are understood too).
+    captions.jsonl (keys "file" and "caption"; the names "file_name" and "text" are understood too). A folder
+    of the published retrieval is understood: images.txt and caption.txt, line by line, of those in images/.
+
+    Args:
+        otherwise: the caption of all pictures where the folder holds none at all.
 
     Raises:
         ValueError: if a picture has no caption, or as in `picture_paths`.
     """
     folder = Path(folder)
+    if all((folder / name).is_file() for name in PUBLISHED_LISTS):
+        return _read_published(folder)
     paths = picture_paths(folder)
     table = caption_table(folder)
+    if otherwise and not table and not any(path.with_suffix(".txt").is_file() for path in paths):
+        return paths, [otherwise] * len(paths)
     captions = []
     for path in paths:
         beside = path.with_suffix(".txt")
@@ -124,6 +128,21 @@ def read_captioned(folder: str | Path) -> tuple[list[Path], list[str]]:
             )
         captions.append(caption)
     return paths, captions
+
+
+def _read_published(folder: Path) -> tuple[list[Path], list[str]]:
+    names, captions = (
+        [x.strip() for x in read_text(folder / n).splitlines() if x.strip()] for n in PUBLISHED_LISTS
+    )
+    if len(names) != len(captions):
+        raise ValueError(
+            f"{str(folder)!r} has {len(names)} lines in {PUBLISHED_LISTS[0]} and {len(captions)} in "
+            f"{PUBLISHED_LISTS[1]}; they must be one a picture"
+        )
+    there = {path.name: path for path in picture_paths(folder / "images")}
+    if missing := [name for name in names if Path(name).name not in there]:
+        raise ValueError(f"{str(folder / 'images')!r} lacks {missing[0]!r}, which {PUBLISHED_LISTS[0]} names")
+    return [there[Path(name).name] for name in names], captions
 
 
 def read_captions(path: str | Path) -> list[str]:
@@ -141,57 +160,6 @@ def read_captions(path: str | Path) -> list[str]:
     if not captions:
         raise ValueError(f"captions file {str(path)!r} holds no caption; write one a line")
     return captions
-
-
-def shifted(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """`pixels` (n, 3, H, W), and copies of them moved by up to `share` of the side, edges repeated."""
-    reach = round(share * pixels.shape[-1])
-    if reach == 0:
-        return pixels
-    height, width = pixels.shape[-2:]
-    padded = F.pad(pixels, (reach,) * 4, mode="replicate")
-    copies = [pixels]
-    for _ in range(SHIFTED_COPIES - 1):
-        offsets = torch.randint(0, 2 * reach + 1, (len(pixels), 2), generator=generator).tolist()
-        copies.append(
-            torch.stack(
-                [
-                    image[:, y : y + height, x : x + width]
-                    for image, (y, x) in zip(padded, offsets, strict=True)
-                ]
-            )
-        )
-    return torch.cat(copies)
-
-
-def resized(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
-    """Copies of `pixels` (n, 3, H, H) at other sizes, as Custom Diffusion's appendix D makes them.
-
-    Returns:
-        RESIZED_COPIES · n pictures: smaller ones anywhere on a canvas of zeros, larger ones cut anywhere;
-        their masks (RESIZED_COPIES · n, 1, H, H), 1 where there is picture; and for each the words before
-        "photo of" that tell its size, or "".
-    """
-    side = pixels.shape[-1]
-    pictures, masks, words = [], [], []
-    for image in pixels.repeat(RESIZED_COPIES, 1, 1, 1).split(1):
-        draw = torch.rand(5, generator=generator).tolist()
-        low, high = SMALLER if draw[0] < 2 / 3 else LARGER
-        scale = low + draw[1] * (high - low)
-        new = max(1, round(scale * side))
-        scaled = F.interpolate(image, (new, new), mode="bicubic", antialias=True).clamp(-1, 1)
-        y, x = (round(place * abs(new - side)) for place in draw[2:4])
-        picture, mask = torch.zeros_like(image), torch.zeros_like(image[:, :1])
-        if new <= side:
-            picture[..., y : y + new, x : x + new] = scaled
-            mask[..., y : y + new, x : x + new] = 1
-        else:
-            picture, mask = scaled[..., y : y + side, x : x + side], mask + 1
-        pictures.append(picture)
-        masks.append(mask)
-        choice = SMALL_WORDS if scale < SMALL else LARGE_WORDS if scale > 1 else ("",)
-        words.append(choice[int(draw[4] * len(choice))])
-    return torch.cat(pictures), torch.cat(masks), words
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ import customdiff_kernels as ck
 from . import sampler
 from .concept import Concept, match, mentions, tokenize
 from .data import picture_paths
-from .metrics import Clip, Dino, torchmetrics_classes, without_modifiers
+from .metrics import Clip, Dino, torchmetrics_classes, without_words
 from .prompts import existing, fill, modifiers
 from .scoring import Results, Row, Sample, Target, opened, score, write
 from .sheet import contact_sheet
@@ -108,7 +108,7 @@ def evaluate(
         configuration = {**_fingerprints(pipe, concepts), **asdict(sampling)}
     configuration["prompts"] = prompts
     words = words or modifiers(prompts)
-    texts = [without_modifiers(prompt, words) for prompt in prompts]
+    texts = [without_words(prompt, words) for prompt in prompts]
     if "" in texts:
         prompt = prompts[texts.index("")]
         raise ValueError(f"prompt {prompt!r} has nothing to compare beside its modifier token; add words")

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from .base import without_bars
-from .concept import split_words
+from .concept import without_words
 
 BATCH = 32
 SUBSET = 1000  # pictures of a subset of KID, where there are so many
@@ -79,7 +79,7 @@ class Clip:
         if len(samples) != len(prompts):
             raise ValueError(f"prompts must be one a sample: got {len(prompts)} for {len(samples)} samples")
         words = list(modifier_tokens)
-        texts = self.text_features(without_modifiers(prompt, words) for prompt in prompts)
+        texts = self.text_features(without_words(prompt, words) for prompt in prompts)
         return float((self.image_features(samples) * texts).sum(-1).mean())
 
 
@@ -167,12 +167,6 @@ def torchmetrics_classes() -> tuple[Any, Any]:
             'KID and FID need torchmetrics: pip install "customdiff_kernels[evaluation]"', name="torchmetrics"
         ) from error
     return KernelInceptionDistance, FrechetInceptionDistance
-
-
-def without_modifiers(prompt: str, modifier_tokens: Iterable[str]) -> str:
-    """`prompt` without the modifier tokens: "photo of a <new1> dog" becomes "photo of a dog"."""
-    kept = [piece for piece, is_word in split_words(prompt, list(modifier_tokens)) if not is_word]
-    return " ".join(" ".join(kept).split())
 
 
 @torch.no_grad()

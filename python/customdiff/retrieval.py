@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from . import data
 from .base import EMBEDDED, load_text_encoder
 from .collection import Collection, Entry
-from .metrics import without_modifiers
+from .metrics import without_words
 from .regularization import TEXT_BATCH, weights_hash
 
 THRESHOLD, COUNT = 0.85, 200  # Custom Diffusion, section 3.2
@@ -291,7 +291,7 @@ def _texts(prompts: Sequence[str], modifier_tokens: Sequence[str]) -> list[str]:
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise TypeError(f"prompts must be strings, got {type(prompt).__name__}")
-        text = without_modifiers(prompt, [*modifier_tokens, *re.findall(r"<[\w-]+>", prompt)])
+        text = without_words(prompt, [*modifier_tokens, *re.findall(r"<[\w-]+>", prompt)])
         if not text:
             raise ValueError(
                 f"prompt {prompt!r} has no word but modifier tokens; write one as 'photo of a dog'"

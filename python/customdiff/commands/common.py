@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..base import default_guidance
+
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -54,9 +56,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
 
 def guidance_scale(options: argparse.Namespace) -> float:
     """``--guidance``, or what suits the base."""
-    if options.guidance is not None:
-        return options.guidance
-    return 3.0 if options.base is None else 6.0
+    return default_guidance(options.base is None) if options.guidance is None else options.guidance
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,418 @@
+"""Custom Diffusion's training step (section 3.1): one stacked K/V matrix and V* are learned.
+
+All cross-attention layers' keys and values are one matrix W. A step is: text features c of the prompts, one
+projection ``kv = c Wᵀ`` for all layers, the frozen UNet on noisy latents with views of ``kv``, the loss on
+the concepts' pictures plus ``prior_weight`` times that on the regularization pictures. Latents, and the text
+features of prompts without a V* that trains, are computed once.
+
+Every process draws the same numbers for the whole step and takes its part of the pictures: the result does
+not depend on how many there are, nor on how many passes each takes.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import customdiff_kernels as ck
+
+from . import augment, data
+from .base import EMBEDDED, is_embedded
+from .concept import Concept, Rows, TextFeatures, encode_prompts, text_encoders
+from .config import TrainConfig
+from .learned import Learned
+from .views import Pictures, Views, choose, content_hash, read_pixels
+
+FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
+TEXT_BATCH = 32
+CHECKPOINT_FORMAT = 2
+
+
+class Batch(NamedTuple):
+    """The draws of a step: B pictures of concepts, then P of regularization."""
+
+    views: Tensor  # (B,)
+    prompts: list[str]  # B, with their words of size
+    prior: Tensor  # (P,)
+    dropped: Tensor  # (P,) whether the caption is left empty
+    posterior: Tensor  # (B+P,c,h,w) normal, for the autoencoder's samples
+    noise: Tensor  # (B+P,c,h,w) normal
+    timesteps: Tensor  # (B+P,)
+
+    def part(self, index: int, count: int) -> Batch:
+        """Part `index` of `count`: of both kinds of pictures its share."""
+        concept = torch.arange(len(self.views)).tensor_split(count)[index]
+        prior = torch.arange(len(self.prior)).tensor_split(count)[index]
+        both = torch.cat([concept, len(self.views) + prior])
+        return Batch(
+            self.views[concept],
+            [self.prompts[i] for i in concept],
+            self.prior[prior],
+            self.dropped[prior],
+            self.posterior[both],
+            self.noise[both],
+            self.timesteps[both],
+        )
+
+
+class Training:
+    """A run in progress on a patched, frozen base: parameters, an optimizer, a generator of all draws.
+
+    ``release`` gives the base its weights back where others than keys and values trained.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        pipeline: Any,
+        pictures: Sequence[Pictures],
+        accelerator: Any = None,
+        start: Concept | None = None,
+    ):
+        from diffusers import DDPMScheduler
+
+        self.config, self.pipeline, self.steps_done = config, pipeline, 0
+        self.accelerator = accelerator or new_accelerator(config, pipeline.unet.device)
+        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.prediction = self.scheduler.config.prediction_type
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"base predicts {self.prediction!r}; the trainer knows 'epsilon' and 'v_prediction'"
+            )
+        self.device = pipeline.unet.device
+        source = pipeline.name_or_path or config.base or "unnamed"
+        self.embedded = is_embedded(source)
+        self.base_name = EMBEDDED if self.embedded else Path(source).resolve().name
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.resolution = _resolution(config, pipeline)
+
+        self.learned = Learned(config, pipeline, start)
+        self.optimizer = self.accelerator.prepare(_optimizer(config, self.learned, self.device))
+        self._read_texts(pictures)  # first: a bad prompt fails before the pictures are encoded
+
+        pixels = [read_pixels(each.concept, self.resolution, config.crop) for each in pictures]
+        prior = [
+            read_pixels(each.regularization, self.resolution, config.crop)
+            for each in pictures
+            if each.regularization
+        ]
+        self.pictures_hash = content_hash([*pixels, *prior], [each.captions for each in pictures])
+        self.views = Views(config, pixels, pipeline.vae, self.generator)
+        self.prior_latents = data.encode(pipeline.vae, torch.cat(prior)) if prior else None
+        ends = torch.tensor([0, *map(len, prior)]).cumsum(0).tolist()
+        self.prior = [range(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+
+    @property
+    def images_per_step(self) -> int:
+        return self.config.batch_size * (1 if self.prior_latents is None else 2)
+
+    def step(self) -> float:
+        """One step of the optimizer; returns its loss, of all processes."""
+        accelerator, passes = self.accelerator, self.config.accumulation
+        batch, total = self.draw(), torch.zeros((), device=self.device)
+        sizes = len(batch.views), len(batch.prior)
+        for i in range(passes):
+            share = batch.part(accelerator.process_index * passes + i, accelerator.num_processes * passes)
+            loss = self.loss(share, *sizes)
+            accelerator.backward(loss)
+            total += loss.detach()
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total, "sum")
+            for parameter in self.learned.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = accelerator.reduce(parameter.grad, "sum")
+        rates = dict(zip(("weights", "rows"), self.rates, strict=True))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["of"]]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        return float(total)
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The learning rates of the weights and of V* at this step."""
+        return self.config.rates(self.steps_done, self.embedded)
+
+    def draw(self) -> Batch:
+        """The next step's draws, on the CPU: alike on every device and in every process."""
+        config, generator, count = self.config, self.generator, self.config.batch_size
+        concepts = (torch.arange(count) + self.steps_done * count) % len(config.subjects)  # in turn
+        views = self.views.draw(concepts, generator)
+        texts = choose([range(len(subject.prompts)) for subject in config.subjects], concepts, generator)
+        prompts = [
+            self._prompt(concept, text, self.views.words[view])
+            for concept, text, view in zip(concepts.tolist(), texts.tolist(), views.tolist(), strict=True)
+        ]
+        prior, dropped = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
+        if self.prior_latents is not None:
+            prior = choose(self.prior, torch.arange(count) % len(self.prior), generator)
+            dropped = torch.rand(count, generator=generator) < config.caption_dropout
+        shape = (count + len(prior), *self.views.latents.mean.shape[1:])
+        posterior, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+        steps = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(steps, (shape[0],), generator=generator)
+        return Batch(views, prompts, prior, dropped, posterior, noise, timesteps)
+
+    def loss(self, batch: Batch, concepts: int, prior: int) -> Tensor:
+        """What a part of a step adds to its loss: the mean over all `concepts` pictures plus the weighted
+        mean over all `prior` ones.
+        """
+        count = len(batch.views)
+        latents = self.views.latents.at(batch.views, batch.posterior[:count])
+        masks = None if self.views.masks is None else self.views.masks[batch.views.to(self.device)]
+        with self.accelerator.autocast():
+            text = self._concept_text(batch.prompts)
+            if len(batch.prior):
+                latents = torch.cat([latents, self.prior_latents.at(batch.prior, batch.posterior[count:])])
+                text = _joined(text, self._prior_text(batch))
+                masks = (
+                    None
+                    if masks is None
+                    else torch.cat([masks, torch.ones_like(masks[:1]).expand(len(batch.prior), -1, -1, -1)])
+                )
+            losses = self._losses(latents, text, batch.noise, batch.timesteps, masks)
+        loss = losses[:count].sum() / concepts
+        if prior:
+            loss = loss + self.config.prior_weight * losses[count:].sum() / prior
+        return loss
+
+    def _losses(
+        self,
+        latents: Tensor,
+        text: TextFeatures,
+        noise: Tensor,
+        timesteps: Tensor,
+        masks: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted squared error (B,) of the UNet (paper, eq. 2), where the masks (B,1,h,w) are 1."""
+        latents = latents * self.pipeline.vae.config.scaling_factor
+        noise, timesteps = noise.to(latents), timesteps.to(self.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        output = self._predict(noisy, timesteps, text)
+        v = self.prediction == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if v else noise
+        errors = F.mse_loss(output, target, reduction="none").mean(1, keepdim=True)
+        if masks is None:
+            losses = errors.flatten(1).mean(1)
+        else:
+            losses = (errors * masks).flatten(1).sum(1) / masks.flatten(1).sum(1)
+        return losses if self.config.min_snr_gamma is None else losses * self._snr_weight(timesteps, v)
+
+    def _predict(self, noisy: Tensor, timesteps: Tensor, text: TextFeatures) -> Tensor:
+        unet, learned = self.pipeline.unet, self.learned
+        kv = ck.kv_project(text.context, learned.weight, frozen_tokens=FROZEN_TOKENS)
+        if not torch.is_autocast_enabled(self.device.type):
+            kv = kv.to(unet.dtype)
+        return unet(
+            noisy.to(unet.dtype),
+            timesteps,
+            encoder_hidden_states=text.context.to(unet.dtype),
+            cross_attention_kwargs={"kv": ck.KVStack(learned.weight, learned.base.segments).views(kv)},
+            added_cond_kwargs=self._added(text),
+        ).sample.float()
+
+    def _added(self, text: TextFeatures) -> dict[str, Tensor]:
+        """What SDXL's UNet is told beside the context: the pooled text, and that nothing was cut off."""
+        if text.pooled is None:
+            return {}
+        sizes = torch.tensor([self.resolution, self.resolution, 0, 0, self.resolution, self.resolution])
+        return {"text_embeds": text.pooled, "time_ids": sizes.to(text.pooled).expand(len(text.pooled), -1)}
+
+    def _snr_weight(self, timesteps: Tensor, v: bool) -> Tensor:
+        """min(SNR, γ) on the error in x0, for a loss that is written in v or ε (Hang et al., 2023)."""
+        alpha = self.scheduler.alphas_cumprod.to(self.device)[timesteps]
+        snr = alpha / (1 - alpha)
+        return snr.clamp(max=self.config.min_snr_gamma) / (snr + 1 if v else snr)
+
+    # text
+
+    def _read_texts(self, pictures: Sequence[Pictures]) -> None:
+        """Looks at every text there may be, and keeps the features of those that stay what they are."""
+        config = self.config
+        captions = [caption for each in pictures for caption in each.captions]
+        self.prior_text = self._encode([*captions, ""], {})
+        texts = [text for subject in config.subjects for text in subject.prompts]
+        if config.resize:
+            words = ("", *augment.SMALL_WORDS, *augment.LARGE_WORDS)
+            texts = [
+                self._prompt(i, j, word)
+                for i, subject in enumerate(config.subjects)
+                for j in range(len(subject.prompts))
+                for word in (("",) if subject.style else words)
+            ]
+        self.texts = list(dict.fromkeys(texts))
+        fixed = self._encode(self.texts, self.learned.rows)
+        self.fixed_text = None if any(_trains(rows) for rows in self.learned.rows.values()) else fixed
+
+    def _prompt(self, concept: int, number: int, words: str) -> str:
+        prompts, place = self.config.subjects[concept].prompts, self.config.size_words
+        return augment.sized(prompts[0 if words and place == "before" else number], words, place)
+
+    def _concept_text(self, prompts: list[str]) -> TextFeatures:
+        """Features of the concepts' prompts; each that differs runs through the text encoder once."""
+        if self.fixed_text is not None:
+            return _rows(self.fixed_text, torch.tensor([self.texts.index(text) for text in prompts]))
+        distinct = list(dict.fromkeys(prompts))
+        features = encode_prompts(self.pipeline, distinct, self.learned.rows)
+        return _rows(features, torch.tensor([distinct.index(text) for text in prompts]))
+
+    def _prior_text(self, batch: Batch) -> TextFeatures:
+        empty = len(self.prior_text.context) - 1
+        return _rows(self.prior_text, torch.where(batch.dropped, empty, batch.prior))
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str], rows: Rows) -> TextFeatures:
+        chunks = [texts[i : i + TEXT_BATCH] for i in range(0, len(texts), TEXT_BATCH)]
+        with self.accelerator.autocast():
+            return _joined(*(encode_prompts(self.pipeline, chunk, rows) for chunk in chunks))
+
+    # what it leaves
+
+    def concept(self) -> Concept:
+        """What was learned so far."""
+        prompts = [prompt for subject in self.config.subjects for prompt in subject.prompts]
+        metadata = {
+            "base_name": self.base_name,
+            "resolution": self.resolution,
+            "prompt": prompts[0],
+            "prompts": prompts,
+            "step": self.steps_done,
+            "training": asdict(self.config),
+        }
+        return self.learned.concept(metadata)
+
+    def release(self) -> None:
+        """Gives the base its weights back."""
+        self.learned.release()
+
+    def checkpoint(self, path: Path) -> None:
+        """Writes all that `restore` needs for the same bits as an unbroken run."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        state = {
+            "format": CHECKPOINT_FORMAT,
+            "config": json.dumps(self.config.mathematics()),
+            "base_hash": self.learned.base.hash(),
+            "pictures_hash": self.pictures_hash,
+            "steps_done": self.steps_done,
+            "learned": self.learned.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "scaler": {} if scaler is None else scaler.state_dict(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with data.replacing(path) as partial:
+            torch.save(state, partial)
+
+    def restore(self, path: Path) -> None:
+        """Goes on from a checkpoint of the same configuration, base and pictures."""
+        try:
+            if part := zipfile.ZipFile(path).testzip():  # torch checks no sums
+                raise ValueError(f"{part} has another checksum")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            version = state.get("format")
+        except Exception as error:  # of a damaged file torch raises nearly anything
+            raise ValueError(
+                f"resume: checkpoint {str(path)!r} is damaged ({error}); start without resume"
+            ) from error
+        if version != CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"resume: checkpoint {str(path)!r} is of format {version}, and this version reads "
+                f"{CHECKPOINT_FORMAT}; start without resume"
+            )
+        theirs, ours = json.loads(state["config"]), json.loads(json.dumps(self.config.mathematics()))
+        if changed := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+            raise ValueError(
+                f"resume: checkpoint {str(path)!r} was made with other values of {', '.join(changed)}"
+            )
+        if state["base_hash"] != self.learned.base.hash():
+            raise ValueError(f"resume: checkpoint {str(path)!r} belongs to another base model")
+        if state["pictures_hash"] != self.pictures_hash:
+            raise ValueError(
+                f"resume: checkpoint {str(path)!r} was made with other pictures or captions; "
+                "put them back, or start without resume"
+            )
+        with torch.no_grad():
+            self.learned.load_state(state["learned"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        if state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.steps_done = state["steps_done"]
+
+
+def new_accelerator(config: TrainConfig, device: torch.device) -> Any:
+    """accelerate's view of this process: mixed precision, the other processes, trackers."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # else a second run in one process could not have another precision
+    folder = Path(config.output).with_suffix(".logs")
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=config.mixed_precision,
+        log_with=config.log_with,
+        project_dir=str(folder) if config.log_with else None,
+    )
+
+
+def _optimizer(config: TrainConfig, learned: Learned, device: torch.device) -> torch.optim.Optimizer:
+    groups = [group for group in learned.groups() if group["params"]]
+    if config.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError(
+                "optimizer 'adamw8bit' needs bitsandbytes: pip install bitsandbytes, or choose 'adamw'"
+            ) from error
+        return AdamW8bit(groups, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
+
+
+def _resolution(config: TrainConfig, pipeline: Any) -> int:
+    factor, size = pipeline.vae_scale_factor, pipeline.unet.config.sample_size
+    resolution = config.resolution or factor * (size if isinstance(size, int) else min(size))
+    if resolution % factor:
+        raise ValueError(f"resolution must be a multiple of {factor}, got {resolution}")
+    return resolution
+
+
+def _rows(text: TextFeatures, index: Tensor) -> TextFeatures:
+    index = index.to(text.context.device)
+    return TextFeatures(text.context[index], None if text.pooled is None else text.pooled[index])
+
+
+def _joined(*texts: TextFeatures) -> TextFeatures:
+    pooled = [text.pooled for text in texts]
+    together = None if pooled[0] is None else torch.cat(pooled)
+    return TextFeatures(torch.cat([text.context for text in texts]), together)
+
+
+def _trains(rows: Sequence[Tensor]) -> bool:
+    return any(row.requires_grad for row in rows)
+
+
+@contextmanager
+def frozen(pipeline: Any) -> Iterator[None]:
+    """No gradient for the base's weights and no dropout in it within; every flag is put back."""
+    models = (pipeline.unet, pipeline.vae, *(encoder for _, encoder in text_encoders(pipeline)))
+    training = [(module, module.training) for model in models for module in model.modules()]
+    gradients = [(weight, weight.requires_grad) for model in models for weight in model.parameters()]
+    try:
+        for model in models:
+            model.requires_grad_(False).eval()
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for weight, flag in gradients:
+            weight.requires_grad_(flag)

@@ -1,0 +1,114 @@
+"""Pictures as latents, computed once: what a step draws from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import augment, data
+from .concept import mentions
+from .config import GENERATED, ConceptConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The files that a concept is learned from, and the captioned ones that keep the prior."""
+
+    concept: list[Path]
+    regularization: list[Path]
+    captions: list[str]
+
+    @classmethod
+    def read(cls, config: TrainConfig) -> list[Pictures]:
+        """Those of each concept; without the regularization pictures that are yet to be generated."""
+        return [cls._of(subject, config) for subject in config.subjects]
+
+    @classmethod
+    def _of(cls, subject: ConceptConfig, config: TrainConfig) -> Pictures:
+        concept = data.picture_paths(subject.images)
+        if subject.regularization in (None, GENERATED):
+            return cls(concept, [], [])
+        return cls(concept, *regularization(subject.regularization, subject, config))
+
+
+def regularization(folder: str, subject: ConceptConfig, config: TrainConfig) -> tuple[list[Path], list[str]]:
+    """The captioned pictures of `folder`; ValueError for a caption with a modifier token of the run."""
+    paths, captions = data.read_captioned(folder, subject.regularization_prompt)
+    words = [each.modifier_token for each in config.subjects if each.modifier_token is not None]
+    for caption in captions:
+        if mentions(caption, words):
+            raise ValueError(
+                f"regularization caption {caption!r} holds the modifier token of {', '.join(words)}; "
+                "these pictures stand for what the base knows already, so caption them without it"
+            )
+    return paths, captions
+
+
+class Views:
+    """Latents of all concepts' pictures, whole and resized, each many times.
+
+    latents: of every view. masks (n,1,h,w): 1 where it is picture; None where all is. words: its size words.
+    whole, resized: the views of each concept.
+    """
+
+    def __init__(self, config: TrainConfig, pixels: Sequence[Tensor], vae: Any, generator: torch.Generator):
+        made, masks, self.words = [], [], []
+        self.whole: list[range] = []
+        self.resized: list[range] = []
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        for subject, pictures in zip(config.subjects, pixels, strict=True):
+            moved = augment.shifted(pictures, config.copies, config.shift, generator)
+            if config.flip and len(moved) == len(pictures):
+                moved = moved.repeat(config.copies, 1, 1, 1)
+            parts = [(moved, torch.ones_like(moved[:, :1]), [""] * len(moved))]
+            if config.resize:
+                parts.append(augment.resized(pictures, config.copies, config.resize_from, generator))
+            for (views, mask, words), kind in zip(parts, (self.whole, self.resized), strict=False):
+                if config.flip:
+                    views, mask = augment.flipped(views, mask, generator)
+                kind.append(range(len(self.words), len(self.words) + len(words)))
+                self.words += [""] * len(words) if subject.style else words
+                made.append(views)
+                masks.append(mask)
+        self.latents = data.encode(vae, torch.cat(made))
+        valid = (F.avg_pool2d(torch.cat(masks), factor) == 1).float().to(self.latents.mean.device)
+        self.masks = None if bool(valid.all()) else valid
+        self.share = config.resize
+
+    def draw(self, concepts: Tensor, generator: torch.Generator) -> Tensor:
+        """A view of each of `concepts` (B,): whole pictures, and a share of resized ones."""
+        chosen = choose(self.whole, concepts, generator)
+        if not self.resized:
+            return chosen
+        other = choose(self.resized, concepts, generator)
+        return torch.where(torch.rand(len(concepts), generator=generator) < self.share, other, chosen)
+
+
+def choose(among: Sequence[range], which: Tensor, generator: torch.Generator) -> Tensor:
+    """One number of the range ``among[i]`` for each i of `which` (B,), all alike likely."""
+    start, size = (
+        torch.tensor(values)[which] for values in ([r.start for r in among], [len(r) for r in among])
+    )
+    place = torch.rand(len(which), generator=generator, dtype=torch.float64)
+    return start + (place * size).long()
+
+
+def read_pixels(paths: Sequence[Path], resolution: int, crop: str) -> Tensor:
+    """(n,3,H,H) in -1..1; each is cut to size as it is read: two hundred photos at full size are 10 GB."""
+    return data.to_tensor([data.square(data.open_picture(path), resolution, crop) for path in paths])
+
+
+def content_hash(pixels: Sequence[Tensor], captions: Sequence[Sequence[str]]) -> str:
+    """sha256 of all that is learned from."""
+    digest = hashlib.sha256(json.dumps([list(texts) for texts in captions]).encode())
+    for tensor in pixels:
+        digest.update(tensor.flatten().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,345 @@
+"""A training step: the equation, in every mode; what trains and what does not."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from training_runs import config, folders, keep_gradients, load, several, training_of  # noqa: F401
+
+import customdiff_kernels as ck
+import tinysd
+from customdiff import augment, base, training
+from customdiff.concept import TextFeatures
+from customdiff.config import EMBEDDED_LEARNING_RATE, TrainConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.mark.parametrize(
+    "prediction, gamma", [("epsilon", None), ("v_prediction", None), ("v_prediction", 5.0)]
+)
+def test_a_step_is_the_equation(config, prediction, gamma):  # noqa: F811
+    """Against plain modules: the token trained in the table, the K/V of the start token detached."""
+    pipeline, reference = load(config.base), load(config.base)
+    pipeline.scheduler.register_to_config(prediction_type=prediction)
+    config = dataclasses.replace(config, prior_weight=0.5, caption_dropout=0.5, min_snr_gamma=gamma)
+    with training_of(config, pipeline) as run:
+        every_case = False
+        while not every_case:
+            state = run.generator.get_state()
+            batch = run.draw()
+            every_case = batch.dropped.sum() == 1 and len(set(batch.prompts)) == 2
+        run.generator.set_state(state)
+        keep_gradients(run)
+        loss = run.step()
+
+    mean, std = (torch.cat(pair) for pair in zip(run.views.latents, run.prior_latents, strict=True))
+    which = torch.cat([batch.views, len(run.views.words) + batch.prior])
+    latents = (mean[which] + std[which] * batch.posterior) * reference.vae.config.scaling_factor
+    alpha = reference.scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * batch.noise
+    v = alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * latents
+    target = batch.noise if prediction == "epsilon" else v
+
+    prompts = [prompt.replace("<new1>", "ktn") for prompt in batch.prompts]
+    prompts += ["" if dropped else "photo of a dog" for dropped in batch.dropped]
+    ids = reference.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+    for name, module in reference.unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            module.register_forward_hook(lambda _, __, out: torch.cat([out[:, :1].detach(), out[:, 1:]], 1))
+    context = reference.text_encoder(ids).last_hidden_state
+    error = (reference.unet(noisy, batch.timesteps, context).sample - target).square().flatten(1).mean(1)
+    if gamma is not None:
+        snr = (alpha / (1 - alpha)).flatten()
+        error = error * snr.clamp(max=gamma) / (snr + 1)
+    expected = error[:2].mean() + 0.5 * error[2:].mean()
+    expected.backward()
+
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    parameters = dict(reference.unet.named_parameters())
+    for name, first, last in run.learned.base.segments:
+        torch.testing.assert_close(
+            run.learned.weight.grad[first:last], parameters[name].grad, rtol=1e-3, atol=1e-6
+        )
+    ktn = reference.tokenizer.convert_tokens_to_ids("ktn</w>")
+    table = reference.text_encoder.get_input_embeddings().weight
+    torch.testing.assert_close(run.learned.rows["<new1>"][0].grad, table.grad[ktn], rtol=1e-3, atol=1e-6)
+
+
+def gradients(config, **options):  # noqa: F811
+    with training_of(config, **options) as run:
+        keep_gradients(run)
+        loss = run.step()
+        return loss, [parameter.grad.clone() for parameter in run.learned.parameters()]
+
+
+@pytest.mark.parametrize("weights", ["kv", "cross-attention", "unet"])
+def test_more_passes_give_the_same_gradient(config, weights):  # noqa: F811
+    """Uneven ones too, and under gradient checkpointing."""
+    config = dataclasses.replace(several(config, 2), batch_size=5, weights=weights)
+    whole, expected = gradients(config)
+    pipeline = load(config.base)
+    pipeline.unet.enable_gradient_checkpointing()
+    for change, chosen in ({"accumulation": 3}, None), ({}, pipeline):
+        loss, found = gradients(dataclasses.replace(config, **change), pipeline=chosen)
+        assert loss == pytest.approx(whole, rel=1e-5)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_the_parts_of_a_step_are_the_step(config):  # noqa: F811
+    with training_of(dataclasses.replace(config, batch_size=5)) as run:
+        batch = run.draw()
+    parts = [batch.part(index, 3) for index in range(3)]
+    assert [len(part.views) for part in parts] == [len(part.prior) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([part.views for part in parts]), batch.views)
+    assert sum((part.prompts for part in parts), []) == batch.prompts
+    concepts, prior = zip(*((p.noise[: len(p.views)], p.noise[len(p.views) :]) for p in parts), strict=True)
+    assert torch.equal(torch.cat([*concepts, *prior]), batch.noise)
+
+
+def test_concepts_take_turns(config):  # noqa: F811
+    """However many pictures each has; and regularization pictures go with them."""
+    three = several(config, 3)
+    with training_of(dataclasses.replace(three, batch_size=4)) as run:
+        words = []
+        for _ in range(3):
+            words += [prompt.split()[3] for prompt in run.draw().prompts]
+            run.steps_done += 1
+    assert words == ["<new1>", "<new2>", "<new3>"] * 4
+
+
+def test_resized_views_train_on_the_picture_alone_and_say_their_size(config, monkeypatch):  # noqa: F811
+    sized = dataclasses.replace(config, resize=1.0, regularization=None, prompts=("photo of a <new1> dog",))
+    sized = dataclasses.replace(sized, size_words="before", batch_size=8)
+    pipeline = load(config.base)
+    with training_of(sized, pipeline) as run:
+        seen = {prompt for _ in range(8) for prompt in run.draw().prompts}
+        words = ("", *augment.SMALL_WORDS, *augment.LARGE_WORDS)
+        assert seen == {augment.sized("photo of a <new1> dog", word, "before") for word in words}
+
+        batch = run.draw()
+        latents, text = run.views.latents.mean[-2:].clone(), TextFeatures(torch.zeros(2, 16, 32), None)
+        mask = torch.zeros_like(run.views.masks[-2:])
+        mask[..., :4, :4] = 1
+        # outside the mask no error counts, once the network cannot spread it
+        monkeypatch.setattr(pipeline.unet, "forward", lambda x, *_, **__: types.SimpleNamespace(sample=0 * x))
+        losses = []
+        for change in (0.0, 5.0):
+            latents[..., 4:, 4:] += change
+            losses.append(run._losses(latents, text, batch.noise[:2], batch.timesteps[:2], mask))
+        assert torch.equal(*losses) and losses[0].isfinite().all()
+
+
+def test_a_style_has_no_size_words(config):  # noqa: F811
+    style = dataclasses.replace(config, resize=1.0, style=True, prompts=("a <new1> dog",))
+    with training_of(style) as run:
+        assert {prompt for _ in range(6) for prompt in run.draw().prompts} == {"a <new1> dog"}
+
+
+def test_resize_off_keeps_no_masks(config):  # noqa: F811
+    with training_of(config) as run:
+        assert run.views.masks is None and not run.views.resized
+        assert len(run.views.words) == len(run.views.latents.mean) == 3 * config.copies
+
+
+def test_min_snr_weights():
+    run = object.__new__(training.Training)
+    run.device = torch.device("cpu")
+    run.scheduler = DDPMScheduler()
+    run.config = TrainConfig(images="x", prompts=("<new1>",), min_snr_gamma=5.0)
+    t = torch.tensor([0, 300, 999])
+    alpha = run.scheduler.alphas_cumprod[t]
+    snr = alpha / (1 - alpha)
+    torch.testing.assert_close(run._snr_weight(t, v=False), snr.clamp(max=5) / snr)
+    torch.testing.assert_close(run._snr_weight(t, v=True), snr.clamp(max=5) / (snr + 1))
+
+
+def test_a_pipeline_is_the_embedded_base_only_where_it_is(config, folders):  # noqa: F811
+    """Whatever ``config.base`` says: by the folder that it was loaded from."""
+    config = dataclasses.replace(config, base=None, learning_rate=None, regularization=None)
+    parts = StableDiffusionPipeline(**load(folders["base"]).components, requires_safety_checker=False)
+    for pipeline, name, rate in (
+        (base.load_base(device="cpu"), "tinysd", EMBEDDED_LEARNING_RATE),
+        (load(tinysd.path()), "tinysd", EMBEDDED_LEARNING_RATE),
+        (load(folders["base"]), "base", 8e-5),
+        (parts, "unnamed", 8e-5),
+    ):
+        with training_of(config, pipeline) as run:
+            run.step()
+        assert run.concept().metadata["base_name"] == name
+        assert run.optimizer.param_groups[0]["lr"] == rate
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_learns_nearly_the_same(config, dtype):  # noqa: F811
+    """Also where only the UNet is half; what is learned stays float32."""
+    found = []
+    for modules in ((), ("unet",), ("unet", "vae", "text_encoder")):
+        pipeline = load(config.base)
+        for name in modules:
+            getattr(pipeline, name).to(dtype)
+        with training_of(config, pipeline) as run:
+            keep_gradients(run)
+            run.step()
+        assert {parameter.dtype for parameter in run.learned.parameters()} == {torch.float32}
+        found.append([parameter.grad for parameter in run.learned.parameters()])
+    assert_alike(found)
+
+
+def test_mixed_precision_learns_nearly_the_same(config):  # noqa: F811
+    for weights in ("kv", "unet"):
+        chosen = dataclasses.replace(config, weights=weights)
+        mixed = dataclasses.replace(chosen, mixed_precision="bf16")
+        assert_alike([gradients(chosen)[1][:2], gradients(mixed)[1][:2]])
+
+
+def assert_alike(found):
+    for half in found[1:]:
+        for ours, exact in zip(half, found[0], strict=True):
+            assert torch.cosine_similarity(ours.flatten(), exact.flatten(), 0) > 0.99
+            assert ours.norm() == pytest.approx(float(exact.norm()), rel=0.1)
+
+
+def test_dropped_captions_are_the_empty_prompt(config):  # noqa: F811
+    def loss(share, captions=None):
+        chosen = dataclasses.replace(config, caption_dropout=share)
+        with training_of(chosen) as run:
+            if captions is not None:
+                run.prior_text = run._encode([*captions, ""], {})
+            return run.step()
+
+    assert loss(1.0) == loss(0.0, [""] * 4) != loss(0.0)
+
+
+# --- what trains ---
+
+
+def changed(before, after) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_exactly_keys_values_and_the_modifier_tokens_change(config, count):  # noqa: F811
+    """df#7294: the last of several modifier tokens was never trained, and weight decay moved the others."""
+    pipeline = load(config.base)
+    parts = {"unet": pipeline.unet, "text": pipeline.text_encoder, "vae": pipeline.vae}
+    before = {f"{p}.{n}": t.clone() for p, module in parts.items() for n, t in module.state_dict().items()}
+    chosen = dataclasses.replace(several(config, count), steps=3, weight_decay=0.1)
+    with training_of(chosen, pipeline) as run:
+        initial = {word: rows[0].detach().clone() for word, rows in run.learned.rows.items()}
+        parameters = run.learned.parameters()
+        for _ in range(3):
+            run.step()
+        concept = run.concept()
+    after = {f"{p}.{n}": t for p, module in parts.items() for n, t in module.state_dict().items()}
+    assert not changed(before, after), "the base is not what trains"
+    assert len(parameters) == 1 + count
+    assert concept.delta.keys() == ck.KVStack.from_unet(pipeline.unet).keys() and not concept.others
+    assert all(change.abs().max() > 1e-3 for change in concept.delta.values())
+    assert list(concept.modifier_tokens) == [f"<new{i + 1}>" for i in range(count)]
+    assert all((row - initial[word]).abs().max() > 1e-3 for word, row in concept.modifier_tokens.items())
+    starts = torch.stack(list(initial.values()))
+    assert len(starts.unique(dim=0)) == count, "each starts from a rare token of its own"
+
+
+MODES = {
+    "cross-attention": lambda n: ".attn2.to_q." in n or ".attn2.to_out." in n,
+    "unet": lambda n: ".attn2.to_k." not in n and ".attn2.to_v." not in n,
+    "none": lambda n: False,
+}
+
+
+@pytest.mark.parametrize("weights", MODES)
+def test_the_other_modes_train_what_they_say(config, weights):  # noqa: F811
+    pipeline = load(config.base)
+    before = {name: parameter.clone() for name, parameter in pipeline.unet.named_parameters()}
+    flags = [parameter.requires_grad for parameter in pipeline.unet.parameters()]
+    with training_of(dataclasses.replace(config, weights=weights), pipeline) as run:
+        for _ in range(2):
+            run.step()
+        live = {name: parameter.clone() for name, parameter in pipeline.unet.named_parameters()}
+        concept = run.concept()
+    expected = {name for name in before if MODES[weights](name)}
+    assert expected == concept.others.keys() == changed(before, live)
+    assert bool(concept.delta) == (weights != "none")
+    for name, change in concept.others.items():
+        assert torch.equal(change, live[name] - before[name]) and change.any()
+    assert not changed(before, dict(pipeline.unet.named_parameters())), "and it is given back"
+    assert [parameter.requires_grad for parameter in pipeline.unet.parameters()] == flags
+
+
+def test_the_whole_unet_s_gradient_is_that_of_plain_modules(config):  # noqa: F811
+    """DreamBooth's: V* stays, everything else of the UNet learns; against autograd on the UNet as it is."""
+    config = dataclasses.replace(config, weights="unet", train_modifier_token=False, regularization=None)
+    reference = load(config.base)
+    with training_of(config) as run:
+        batch = run.draw()
+        loss = run.loss(batch, 2, 0)
+        loss.backward()
+        found = {name: parameter.grad.clone() for name, parameter in run.learned.others.items()}
+        assert [rows[0].grad for rows in run.learned.rows.values()] == [None]
+    latents = run.views.latents.at(batch.views, batch.posterior) * reference.vae.config.scaling_factor
+    noisy = run.scheduler.add_noise(latents, batch.noise, batch.timesteps)
+    prompts = [prompt.replace("<new1>", "ktn") for prompt in batch.prompts]
+    ids = reference.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+    context = reference.text_encoder(ids).last_hidden_state
+    output = reference.unet(noisy, batch.timesteps, context).sample
+    (output - batch.noise).square().mean().backward()
+    parameters = dict(reference.unet.named_parameters())
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, parameters[name].grad, rtol=1e-3, atol=1e-6)
+
+
+def test_half_precision_weights_do_not_train_themselves(config):  # noqa: F811
+    pipeline = load(config.base)
+    pipeline.unet.half()
+    with pytest.raises(ValueError, match="weights='unet' trains the UNet's own weights.*float32"):
+        with training_of(dataclasses.replace(config, weights="unet"), pipeline):
+            pass
+
+
+def test_a_category_without_a_modifier_token(config):  # noqa: F811
+    """The paper's moongate: only keys and values learn, and the text is encoded once."""
+    chosen = dataclasses.replace(config, modifier_token="none", prompts=("photo of a red cup",))
+    with training_of(chosen) as run:
+        run.step()
+        concept = run.concept()
+        assert run.fixed_text is not None and len(run.learned.parameters()) == 1
+    assert not concept.modifier_tokens and all(change.any() for change in concept.delta.values())
+
+
+def test_a_modifier_token_that_does_not_train(config):  # noqa: F811
+    chosen = dataclasses.replace(config, train_modifier_token=False)
+    with training_of(chosen) as run:
+        start = run.learned.rows["<new1>"][0].clone()
+        run.step()
+        concept = run.concept()
+    assert torch.equal(concept.modifier_tokens["<new1>"], start)
+
+
+def test_a_sequence_of_two_concepts(config):  # noqa: F811
+    """The second starts from the first's weights, keeps its word, and counts its change from the base."""
+    with training_of(dataclasses.replace(config, weights="cross-attention")) as run:
+        run.step()
+        first = run.concept()
+    other = dataclasses.replace(config, modifier_token="<new2>", prompts=("photo of a <new2> cat",))
+    with training_of(other, start=first) as run:
+        live = dict(run.pipeline.unet.named_parameters())
+        base_q = load(config.base).unet.get_parameter(name := next(iter(first.others)))
+        torch.testing.assert_close(live[name], base_q + first.others[name])
+        for name, start, stop in run.learned.base.segments:
+            expected = run.learned.base[name] + first.delta[name]
+            torch.testing.assert_close(run.learned.weight[start:stop].detach(), expected)
+        run.step()
+        second = run.concept()
+    assert list(second.modifier_tokens) == ["<new1>", "<new2>"]
+    assert torch.equal(second.modifier_tokens["<new1>"], first.modifier_tokens["<new1>"])
+    moved = max(float((second.delta[n] - first.delta[n]).abs().max()) for n in first.delta)
+    assert 1e-3 < moved < 0.1
+    assert second.others.keys() == first.others.keys()
+    with pytest.raises(ValueError, match="start_from has the modifier token <new1> already"):
+        with training_of(config, start=first):
+            pass
