@@ -1,22 +1,28 @@
-"""A Stable Diffusion pipeline of random weights, for tests that need its shape and not its pictures."""
+"""Stable Diffusion pipelines of random weights, for tests that need their shape and not their pictures."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import customdiff_kernels as ck
-from customdiff.concept import Concept, base_metadata
+from customdiff.concept import Concept, base_metadata, text_encoders
 
 WORDS = "photo of a red blue dog cat car cup on the grass beach and with hat two ktn pll ucd sks".split()
 LENGTH = 16
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
+def tokenizer(folder: Path, **options) -> CLIPTokenizer:
     """Byte-pair encoding in which each of WORDS is one token; any other text falls into characters."""
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
@@ -33,27 +39,25 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "merges.txt").write_text(
         "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n"
     )
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH)
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return CLIPTokenizer(*files, model_max_length=LENGTH, **options)
 
 
-def build(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """Writes the pipeline into `folder`, and returns it."""
-    torch.manual_seed(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    words = tokenizer(folder)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=LENGTH,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-        )
+def text_config(words: CLIPTokenizer, width: int, **options) -> CLIPTextConfig:
+    given = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, **options}
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        **given,
     )
-    vae = AutoencoderKL(
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
@@ -61,6 +65,14 @@ def build(folder: Path, prediction_type: str = "epsilon") -> Path:
         norm_num_groups=4,
         sample_size=32,
     )
+
+
+def build(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """Writes the pipeline into `folder`, and returns it."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = tokenizer(folder)
+    text_encoder, auto_encoder = CLIPTextModel(text_config(words, 32)), vae()
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -74,7 +86,7 @@ def build(folder: Path, prediction_type: str = "epsilon") -> Path:
         norm_num_groups=8,
     )
     pipeline = StableDiffusionPipeline(
-        vae=vae,
+        vae=auto_encoder,
         text_encoder=text_encoder,
         tokenizer=words,
         unet=unet,
@@ -82,6 +94,43 @@ def build(folder: Path, prediction_type: str = "epsilon") -> Path:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def build_xl(folder: Path) -> Path:
+    """The same of SDXL's shape: two text encoders of their own widths, text and sizes added to the time."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = tokenizer(folder)
+    # as published: the second tokenizer pads with "!", and the second encoder is told that texts end with 2
+    second = CLIPTextModelWithProjection(text_config(words, 48, projection_dim=40, eos_token_id=2))
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=32 + 48,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 40,
+        norm_num_groups=8,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(words, 32)),
+        text_encoder_2=second,
+        tokenizer=words,
+        tokenizer_2=tokenizer(folder, pad_token="!"),
+        unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
     )
     pipeline.save_pretrained(folder)
     return folder
@@ -99,7 +148,10 @@ def concept(pipe, seed: int, *words: str, low_rank: bool = False) -> Concept:
         delta = ck.LowRankDelta(stack.segments, factors)
     else:
         delta = {name: 0.1 * matrix(*w.shape) for name, w in stack.items()}
-    return Concept(delta, {word: matrix(32) for word in words or ["<new1>"]}, base_metadata(stack))
+    widths = [encoder.get_input_embeddings().weight.shape[1] for _, encoder in text_encoders(pipe)]
+    rows = {word: tuple(matrix(width) for width in widths) for word in words or ["<new1>"]}
+    rows = {word: row if len(row) > 1 else row[0] for word, row in rows.items()}
+    return Concept(delta, rows, base_metadata(stack))
 
 
 def pictures(folder: Path, count, seed, caption=None, size=(40, 52)):

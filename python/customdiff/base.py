@@ -13,22 +13,27 @@ EMBEDDED = "tinysd"
 
 
 def load_base(folder: str | None = None, device: str | None = None) -> Any:
-    """The ``StableDiffusionPipeline`` of `folder` in float32; the embedded one by default.
+    """The ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline`` of `folder` in float32; the embedded
+    one by default.
 
     Raises:
         ValueError: if `folder` holds no pipeline, or `device` is none that can be used here.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
+    from torch import nn
 
     path = _pipeline_folder(folder)
     place = usable_device(device)
+    name = json.loads((path / "model_index.json").read_text()).get("_class_name", "")
+    large = name.startswith("StableDiffusionXL")
+    loader = diffusers.StableDiffusionXLPipeline if large else diffusers.StableDiffusionPipeline
+    options = {} if large else {"safety_checker": None, "requires_safety_checker": False}
     with without_bars():
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path, safety_checker=None, requires_safety_checker=False, local_files_only=True
-        )
+        pipeline = loader.from_pretrained(path, local_files_only=True, **options)
     pipeline.set_progress_bar_config(disable=True)
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        module.float()
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module):
+            module.float()
     return pipeline.to(place)
 
 
@@ -126,7 +131,7 @@ def _pipeline_folder(folder: str | None) -> Path:
     if not (Path(folder) / "model_index.json").is_file():
         raise ValueError(
             f"base {str(folder)!r} is no pipeline folder: it has no model_index.json; give a folder that "
-            "StableDiffusionPipeline.save_pretrained wrote"
+            "save_pretrained of a StableDiffusionPipeline or StableDiffusionXLPipeline wrote"
         )
     return Path(folder)
 

@@ -117,6 +117,27 @@ def _run(encoder: torch.nn.Module, tokens: Tokens, rows: Sequence[Rows], part: i
         handle.remove()
 
 
+def added_conditions(
+    pipe: Any,
+    features: TextFeatures,
+    size: tuple[int, int] | Tensor,
+    *,
+    original_size: tuple[int, int] | Tensor | None = None,
+    crop: tuple[int, int] | Tensor = (0, 0),
+) -> dict[str, Tensor]:
+    """What the UNet takes as ``added_cond_kwargs`` with the features of B prompts: {} but for SDXL.
+
+    size, original_size, crop: of the picture, of the photo that it was cut from (default: the same) and the
+        cut's top left corner, each (height, width) or (top, left) in pixels, of all rows or integer (B,2).
+    """
+    if pipe.unet.config.get("addition_embed_type") != "text_time" or features.pooled is None:
+        return {}
+    rows, device = len(features.pooled), features.pooled.device
+    sizes = [torch.as_tensor(pair) for pair in (size if original_size is None else original_size, crop, size)]
+    ids = torch.cat([pair.expand(rows, 2).to(device, torch.float32) for pair in sizes], 1)
+    return {"text_embeds": features.pooled, "time_ids": ids}
+
+
 def _parts(row: Row) -> tuple[Tensor, ...]:
     return row if isinstance(row, tuple) else (row,)
 
@@ -214,9 +235,9 @@ class Concept:
             )
 
     def load_into(self, pipe: Any) -> list[str]:
-        """Write the weights into ``pipe.unet`` and the modifier tokens into its tokenizer and text encoder.
+        """Write the weights into ``pipe.unet`` and the modifier tokens into its tokenizers and text encoders.
 
-        For users of StableDiffusionPipeline. Returns the names of the segments and the words that were
+        For users of diffusers' own pipelines. Returns the names of the segments and the words that were
         written; raises ValueError, before anything is written, if there are none or the pipeline is of
         another base.
         """
@@ -226,18 +247,15 @@ class Concept:
             raise ValueError(
                 "concept has neither a weight delta nor a modifier token: there is nothing to load"
             )
-        tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
-        table = encoder.get_input_embeddings().weight
+        pairs = text_encoders(pipe)
+        widths = [encoder.get_input_embeddings().weight.shape[1] for _, encoder in pairs]
         for word, row in self.modifier_tokens.items():
-            _check_row(word, row, [table.shape[1]])
+            _check_row(word, row, widths)
         names = [] if held.kind == "tokens" else ck.apply_delta(pipe.unet, held, force=True)
-        tokenizer.add_tokens([word for word in self.modifier_tokens if _token_id(tokenizer, word) is None])
-        if len(tokenizer) > table.shape[0]:
-            encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            table = encoder.get_input_embeddings().weight
-        with torch.no_grad():
-            for word, row in self.modifier_tokens.items():
-                table[_token_id(tokenizer, word)] = row.to(table)
+        for k, (tokenizer, encoder) in enumerate(pairs):
+            _add_words(
+                tokenizer, encoder, {word: _parts(row)[k] for word, row in self.modifier_tokens.items()}
+            )
         return [*names, *self.modifier_tokens]
 
     def __str__(self) -> str:
@@ -288,6 +306,23 @@ def without_words(prompt: str, words: Iterable[str]) -> str:
 def _hash_key(dtype: torch.dtype) -> str:
     # KVStack.hash rounds to float16: equal for float32 and float16 loads of one file, not for bfloat16 ones
     return "base_hash_bfloat16" if dtype == torch.bfloat16 else "base_hash"
+
+
+def _add_words(tokenizer: Any, encoder: torch.nn.Module, rows: Mapping[str, Tensor]) -> None:
+    """Write each word's row into the text encoder's table, a new one where it is not in the tokenizer."""
+    tokenizer.add_tokens([word for word in rows if _token_id(tokenizer, word) is None])
+    table = encoder.get_input_embeddings().weight
+    if len(tokenizer) > table.shape[0]:
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        table = encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        for word, row in rows.items():
+            table[_token_id(tokenizer, word)] = row.to(table)
+    # Published configurations say 2, by which transformers takes the highest id of a prompt for its end and
+    # pools there; a new word's is higher still.
+    for part in [encoder.config, *encoder.modules()] if rows else []:
+        if getattr(part, "eos_token_id", None) == 2:
+            part.eos_token_id = tokenizer.eos_token_id
 
 
 def _token_id(tokenizer: Any, word: str) -> int | None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import customdiff_kernels as ck
 
-from .concept import Concept, encode_prompts
+from .concept import Concept, TextFeatures, added_conditions, encode_prompts
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def sample(
     prompts: str | Sequence[str],
     concepts: Concept | Sequence[Concept | None] | None = None,
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     steps: int = 50,
     guidance_scale: float = 6.0,
     eta: float = 0.0,
@@ -42,10 +42,13 @@ def sample(
     """One picture for each prompt, all in one batch, one UNet pass a step.
 
     Args:
-        pipe: a StableDiffusionPipeline (1.x, 2.x or of that shape) of the base model, without a delta in it.
+        pipe: a StableDiffusionPipeline (1.x, 2.x or of that shape) or StableDiffusionXLPipeline of the base
+            model, without a delta in it.
         prompts: with the modifier tokens of their concepts.
         concepts: one for each prompt, or one for all; None is the base model. Low-rank deltas stay factors.
         guidance_scale: of classifier-free guidance against ``negative_prompt``; 1 runs without.
+        negative_prompt: default: "", or for an SDXL that was trained so (``force_zeros_for_empty_prompt``)
+            features of zero.
         eta: from 0, which is DDIM, to 1, which adds the noise of DDPM; for schedulers that know it.
         seeds: one a row; of an integer s, row i has s + i. A row does not depend on the others of its batch.
         size: (height, width) of the pictures; default: the base model's.
@@ -90,9 +93,14 @@ def sample(
             concept.check_prompt(prompt)
 
     if guidance_scale != 1:  # the unconditional rows come first, each with its own row's concept
-        prompts, concepts = [negative_prompt] * len(prompts) + prompts, concepts * 2
+        prompts, concepts = [negative_prompt or ""] * len(prompts) + prompts, concepts * 2
     rows = [concept.modifier_tokens if concept else {} for concept in concepts]
-    context = encode_prompts(pipe, prompts, rows).context.to(pipe.unet.dtype)
+    features = encode_prompts(pipe, prompts, rows)
+    if negative_prompt is None and pipe.config.get("force_zeros_for_empty_prompt"):
+        features = _zeroed(features, len(prompts) - len(seeds))
+    context = features.context.to(pipe.unet.dtype)
+    pixels = (shape[1] * pipe.vae_scale_factor, shape[2] * pipe.vae_scale_factor)
+    added = added_conditions(pipe, features, pixels)
     kv = stack.views(project(stack, context, concepts))
 
     scheduler = _ddim(pipe.scheduler) if scheduler is None else copy.deepcopy(scheduler)
@@ -101,11 +109,21 @@ def sample(
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.unet.device)
     with ck.patched(pipe.unet), _others_on(pipe.unet, concepts[0]):
         latents = denoise(
-            pipe.unet, scheduler, noise, context, kv, guidance_scale, eta, generators, progress=progress
+            pipe.unet,
+            scheduler,
+            noise,
+            context,
+            kv,
+            guidance_scale,
+            eta,
+            generators,
+            added,
+            progress=progress,
         )
     if output == "latents":
         return latents
-    images = decode(pipe.vae, latents)
+    overflows = features.pooled is not None and pipe.vae.dtype == torch.float16  # SDXL's
+    images = decode(pipe.vae, latents, upcast=overflows and pipe.vae.config.get("force_upcast", False))
     return images if output == "tensor" else to_pil(images)
 
 
@@ -118,12 +136,14 @@ def denoise(
     guidance_scale: float,
     eta: float,
     generators: list[torch.Generator],
+    added: dict[str, Tensor] | None = None,
     *,
     progress: bool = False,
 ) -> Tensor:
     """The reverse process from ``noise`` (B,C,h,w), in float32 whatever the UNet's dtype.
 
-    ``context`` and ``kv`` have B rows, or 2B with the unconditional ones first.
+    ``context``, ``kv`` and ``added`` (``added_conditions``) have B rows, or 2B with the unconditional ones
+    first.
     """
     options: dict[str, Any] = {}
     accepted = inspect.signature(scheduler.step).parameters
@@ -138,7 +158,13 @@ def denoise(
     x = noise * scheduler.init_noise_sigma
     for t in tqdm(scheduler.timesteps, desc="sampling", disable=not progress):
         x_in = scheduler.scale_model_input(torch.cat([x] * copies), t).to(unet.dtype)
-        out = unet(x_in, t, encoder_hidden_states=context, cross_attention_kwargs={"kv": kv}).sample.float()
+        out = unet(
+            x_in,
+            t,
+            encoder_hidden_states=context,
+            cross_attention_kwargs={"kv": kv},
+            added_cond_kwargs=added or None,
+        ).sample.float()
         if copies == 2:
             unconditional, conditional = out.chunk(2)
             out = unconditional + guidance_scale * (conditional - unconditional)
@@ -162,10 +188,16 @@ def project(stack: ck.KVStack, context: Tensor, concepts: Sequence[Concept | Non
     return kv
 
 
-def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
-    """Pictures (B,3,H,W) in 0..1, float32."""
+def decode(vae: torch.nn.Module, latents: Tensor, *, upcast: bool = False) -> Tensor:
+    """Pictures (B,3,H,W) in 0..1, float32; ``upcast``: decoded in float32 too, whatever the VAE's dtype."""
     latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
-    return (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+    dtype = vae.dtype
+    if upcast:
+        vae.float()
+    try:
+        return (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+    finally:
+        vae.to(dtype)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -188,6 +220,13 @@ def _latent_size(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int]:
     if len(size) != 2 or any(s % factor or s < factor for s in size):
         raise ValueError(f"size must be (height, width) in multiples of {factor}, got {size}")
     return size[0] // factor, size[1] // factor
+
+
+def _zeroed(features: TextFeatures, count: int) -> TextFeatures:
+    """Zeros in the place of the first ``count`` rows."""
+    keep = torch.arange(len(features.context), device=features.context.device) >= count
+    pooled = None if features.pooled is None else features.pooled * keep[:, None]
+    return TextFeatures(features.context * keep[:, None, None], pooled)
 
 
 def _others_on(unet: torch.nn.Module, concept: Concept | None) -> Any:

@@ -27,7 +27,7 @@ import customdiff_kernels as ck
 
 from . import augment, data
 from .base import EMBEDDED, is_embedded
-from .concept import Concept, Rows, TextFeatures, encode_prompts, text_encoders
+from .concept import Concept, Rows, TextFeatures, added_conditions, encode_prompts, text_encoders
 from .config import TrainConfig
 from .learned import Learned
 from .views import Pictures, Views, choose, content_hash, read_pixels
@@ -218,15 +218,8 @@ class Training:
             timesteps,
             encoder_hidden_states=text.context.to(unet.dtype),
             cross_attention_kwargs={"kv": ck.KVStack(learned.weight, learned.base.segments).views(kv)},
-            added_cond_kwargs=self._added(text),
+            added_cond_kwargs=added_conditions(self.pipeline, text, (self.resolution, self.resolution)),
         ).sample.float()
-
-    def _added(self, text: TextFeatures) -> dict[str, Tensor]:
-        """What SDXL's UNet is told beside the context: the pooled text, and that nothing was cut off."""
-        if text.pooled is None:
-            return {}
-        sizes = torch.tensor([self.resolution, self.resolution, 0, 0, self.resolution, self.resolution])
-        return {"text_embeds": text.pooled, "time_ids": sizes.to(text.pooled).expand(len(text.pooled), -1)}
 
     def _snr_weight(self, timesteps: Tensor, v: bool) -> Tensor:
         """min(SNR, γ) on the error in x0, for a loss that is written in v or ε (Hang et al., 2023)."""

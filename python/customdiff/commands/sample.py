@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)"
     )
-    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to guide away from")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to guide away from")
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     add_base(parser)
 
