@@ -135,8 +135,9 @@ def apply_delta(
         with torch.no_grad():
             merged = reconstruct(base, delta, scale)
     for name, value in loaded.others.items():
-        there = parameters[name].to("cpu", value.dtype) if loaded.weights else torch.zeros_like(value)
-        changed += [] if torch.equal(value.cpu(), there) else [name]
+        parameter = parameters[name]
+        if not torch.equal(value.to(parameter), parameter) if loaded.weights else bool(value.any()):
+            changed.append(name)
     if not changed or scale == 0:
         why = "the UNet has these weights already" if loaded.weights else "every change is zero"
         raise ValueError(f"the delta changes nothing: {why}" if scale else "scale=0 changes nothing")

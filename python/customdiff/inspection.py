@@ -22,6 +22,8 @@ def describe(concept: Concept, file_bytes: int, values: Mapping[str, Tensor]) ->
     """
     delta, segments = concept.delta or concept.weights, []
     factors = delta.factors if isinstance(delta, ck.LowRankDelta) else None
+    kind = "low rank" if factors is not None else "whole weights" if concept.weights else "full"
+    kind = kind if delta else "no change"
     total = float(sum(found.sum() for found in values.values()))
     for name, found in values.items():
         stored = (delta[name],) if factors is None else factors[name]
@@ -48,7 +50,7 @@ def describe(concept: Concept, file_bytes: int, values: Mapping[str, Tensor]) ->
     ]
     return {
         "file_bytes": file_bytes,
-        "delta": "low rank" if factors is not None else "whole weights" if concept.weights else "full",
+        "delta": kind,
         "segments": segments,
         "others": others,
         "modifier_tokens": tokens,

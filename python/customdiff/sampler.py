@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import customdiff_kernels as ck
 
-from .concept import Concept, TextFeatures, added_conditions, encode_prompts
+from .concept import Concept, added_conditions, encode_prompts
 
 
 @torch.no_grad()
@@ -97,7 +97,8 @@ def sample(
     rows = [concept.modifier_tokens if concept else {} for concept in concepts]
     features = encode_prompts(pipe, prompts, rows)
     if negative_prompt is None and pipe.config.get("force_zeros_for_empty_prompt"):
-        features = _zeroed(features, len(prompts) - len(seeds))
+        for part in features:  # context and pooled
+            part[: len(prompts) - len(seeds)] = 0
     context = features.context.to(pipe.unet.dtype)
     pixels = (shape[1] * pipe.vae_scale_factor, shape[2] * pipe.vae_scale_factor)
     added = added_conditions(pipe, features, pixels)
@@ -220,13 +221,6 @@ def _latent_size(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int]:
     if len(size) != 2 or any(s % factor or s < factor for s in size):
         raise ValueError(f"size must be (height, width) in multiples of {factor}, got {size}")
     return size[0] // factor, size[1] // factor
-
-
-def _zeroed(features: TextFeatures, count: int) -> TextFeatures:
-    """Zeros in the place of the first ``count`` rows."""
-    keep = torch.arange(len(features.context), device=features.context.device) >= count
-    pooled = None if features.pooled is None else features.pooled * keep[:, None]
-    return TextFeatures(features.context * keep[:, None, None], pooled)
 
 
 def _others_on(unet: torch.nn.Module, concept: Concept | None) -> Any:
