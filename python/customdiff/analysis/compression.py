@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..commands.common import existing
-from .report import save, show, tabulated
+from .report import begin, save, show, tabulated
 from .series import SCORES, Comparison, add_comparison, described
 from .series import plot as plot_alignments
 
@@ -56,10 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..concept import Concept
-    from ..plotting import new_figure
 
-    stem = Path(options.output) / "compression"
-    figure = new_figure(stem.with_suffix(".png"), panels=2)
+    stem, figure = begin(options, panels=2, resumes=True)
     concept = Concept.load(existing(options.concept))
     data = quality_by_compression(concept, Comparison.of(options), options.energies, options.ranks)
     plot(figure, data)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..commands.common import check_writable
+
 Table = Sequence[Sequence[Any]]  # lines of cells, the first of them the header
 
 
@@ -22,6 +24,22 @@ def add_report(
     parser.add_argument("--output", required=True, metavar="DIR", help=files)
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def begin(options: argparse.Namespace, panels: int = 1, resumes: bool = False) -> tuple[Path, Any]:
+    """Where the report goes, its suffixes left out, and its empty figure. One folder may take all kinds.
+
+    Raises ValueError, before the work, if nothing can be written there, or an earlier report is in the way:
+    of an analysis that `resumes` it is not. Raises ModuleNotFoundError without matplotlib.
+    """
+    from ..plotting import new_figure
+
+    stem = Path(options.output) / options.kind
+    figure, held = new_figure(stem.with_suffix(".png"), panels), stem.with_suffix(".json")
+    check_writable(held)
+    if held.exists() and not (resumes or options.overwrite):
+        raise ValueError(f"output {str(held)!r} exists; name another folder, or pass --overwrite")
+    return stem, figure
 
 
 def tabulated(rows: Sequence[Mapping[str, Any]]) -> Table:

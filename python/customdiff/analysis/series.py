@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..commands.common import add_base, add_sampling, check_writable, clip, sampling
+from ..commands.common import add_base, add_sampling, clip, sampling
 from .report import add_report
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ class Comparison:
         from ..base import load_base, usable_device
         from ..prompts import read_prompts
 
-        check_writable(Path(options.output), folder=True)
         drawing, prompts = sampling(options), read_prompts(options.prompts)
         device = usable_device(options.device)
         return cls(

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..commands.common import existing, free_output, segment_bar
-from .report import add_report, save, show
+from ..commands.common import existing, segment_bar
+from .report import add_report, begin, save, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,10 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..concept import Concept
-    from ..plotting import new_figure
 
-    stem = free_output(options, folder=True) / "spectrum"
-    figure = new_figure(stem.with_suffix(".png"), panels=2)
+    stem, figure = begin(options, panels=2)
     concept = Concept.load(existing(options.concept))
     if concept.weights or not concept.delta:
         held = "whole weights" if concept.weights else "modifier tokens"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .report import save, show, tabulated
+from .report import begin, save, show, tabulated
 from .series import Comparison, add_comparison, described, plot
 
 if TYPE_CHECKING:
@@ -31,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..plotting import new_figure
-
-    stem = Path(options.output) / "steps"
-    figure = new_figure(stem.with_suffix(".png"), panels=2)
+    stem, figure = begin(options, panels=2, resumes=True)
     concepts = concepts_by_step(options.concepts)
     data = alignment_by_step(concepts, Comparison.of(options))
     plot(figure, data["rows"], "step", "training steps")

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..commands.common import add_base, existing, free_output
-from .report import add_report, save, show, tabulated
+from ..commands.common import add_base, existing
+from .report import add_report, begin, save, show, tabulated
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,10 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..base import load_base
     from ..concept import Concept
-    from ..plotting import new_figure
 
-    stem = free_output(options, folder=True) / "weights"
-    figure = new_figure(stem.with_suffix(".png"))
+    stem, figure = begin(options)
     concept = Concept.load(existing(options.concept))
     data = {
         "concept": options.concept,
