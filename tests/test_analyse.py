@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,6 +167,11 @@ def test_weight_changes_of_concepts(pipe, dog):
             row = found.pop(name.removesuffix(".weight"))
             assert row["rate"] == pytest.approx(norm(change) / norm(weights[name]), rel=1e-6)
         assert {row["change"] for row in found.values()} == {0.0}
+    parameters = dict(pipe.unet.named_parameters())
+    others = {n: torch.randn_like(p) for n, p in parameters.items() if n not in dog.delta}
+    wanted = layer_changes(parameters, {**others, **dog.delta})
+    assert weight_changes(pipe.unet, Concept(dog.delta, {}, dog.metadata, others=others)) == wanted
+    assert all(row["changed"] == row["layers"] for row in wanted["types"])
     with pytest.raises(ck.BaseMismatchError):
         weight_changes(pipe.unet, Concept(dog.delta, {}, {"base_hash": "0" * 64}))
 
@@ -261,6 +267,8 @@ def test_compression_refuses_bad_sizes(energies, ranks, message, dog, comparison
         quality_by_compression(dog, comparison, energies, ranks)
     with pytest.raises(ValueError, match="modifier tokens alone"):
         quality_by_compression(Concept({}, dog.modifier_tokens), comparison)
+    with pytest.raises(ValueError, match=r"beside keys and values \(1, first conv_in.bias\)"):
+        quality_by_compression(replace(dog, others={"conv_in.bias": torch.ones(64)}), comparison)
     assert not comparison.output.exists()
 
 

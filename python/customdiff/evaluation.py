@@ -210,9 +210,10 @@ def _fingerprints(pipe: Any, concepts: Sequence[Concept]) -> dict[str, Any]:
     found = []
     for concept in concepts:
         delta, digest = concept.delta, hashlib.sha256()
-        factors = delta.factors if isinstance(delta, ck.LowRankDelta) else {n: (w,) for n, w in delta.items()}
-        rows = {name: (row,) for name, row in {**concept.weights, **concept.modifier_tokens}.items()}
+        factors = delta.factors if isinstance(delta, ck.LowRankDelta) else delta
+        rows = {**concept.weights, **concept.others, **concept.modifier_tokens}
         for name, tensors in [*factors.items(), *rows.items()]:
+            tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
             digest.update(name.encode())
             for tensor in tensors:
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -85,11 +85,14 @@ def quality_by_compression(
     to that of the change), and every score of ``evaluate``; "scales" of the scores; "configuration" and
     "versions". Raises ValueError, before anything is written, for bad input.
     """
-    import customdiff_kernels as ck
-
     if not energies and not ranks:
         raise ValueError("energies and ranks are both empty; give at least one of either")
-    concept = concept.of(ck.KVStack.from_unet(comparison.pipe.unet))
+    concept = concept.of(comparison.pipe.unet)
+    if concept.others:
+        raise ValueError(
+            f"concept changes weights beside keys and values ({len(concept.others)}, first "
+            f"{next(iter(concept.others))}), which are not compressed"
+        )
     if not concept.delta:
         raise ValueError("concept has modifier tokens alone: there is no change of weights to compress")
     levels = [(f"energy-{energy:g}", f"{100 * energy:g}%", energy, None) for energy in energies]

@@ -53,9 +53,9 @@ def weight_changes(unet: nn.Module, concept: Concept) -> dict[str, Any]:
     """
     import customdiff_kernels as ck
 
-    found = concept.of(ck.KVStack.from_unet(unet)).delta
-    changes = found.dense() if isinstance(found, ck.LowRankDelta) else dict(found)
-    return layer_changes(dict(unet.named_parameters()), changes)
+    concept = concept.of(unet)
+    delta = concept.delta.dense() if isinstance(concept.delta, ck.LowRankDelta) else concept.delta
+    return layer_changes(dict(unet.named_parameters()), {**delta, **concept.others})
 
 
 def layer_changes(parameters: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, Any]:
