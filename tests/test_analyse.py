@@ -321,8 +321,11 @@ def test_concepts_by_step_refuses_what_has_no_place(root, dog, tmp_path):
     Concept(dog.delta, {}, {}).save(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="does not say after how many training steps"):
         concepts_by_step([tmp_path])
-    with pytest.raises(ValueError, match="are both of step 50; give one"):
-        concepts_by_step([root / "runs", root / "runs" / "dog-000050.safetensors"])
+    first = root / "runs" / "dog-000050.safetensors"
+    assert list(concepts_by_step([root / "runs", first])) == [50, 100, 150], "twice the same is once"
+    Concept(dog.delta, {}, {"step": 50}).save(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="a.safetensors' and .* differ and are both of step 50"):
+        concepts_by_step([tmp_path, first])
     with pytest.raises(ValueError, match="holds no concept file"):
         concepts_by_step([root / "dog"])
 

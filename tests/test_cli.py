@@ -16,6 +16,7 @@ from PIL import Image  # noqa: E402
 
 import customdiff_kernels as ck  # noqa: E402
 from customdiff import Concept, cli, sheet  # noqa: E402
+from customdiff.analysis import KINDS  # noqa: E402
 from customdiff.config import TrainConfig  # noqa: E402
 
 CAPTIONS = [
@@ -86,14 +87,15 @@ def fresh(code, *hidden):
 
 def test_help_needs_no_torch():
     code = """
+from customdiff.analysis import KINDS
 commands = ["", "train", "sample", "evaluate", "analyse", "merge", "compress", "convert", "inspect"]
-for command in [*commands, "analyse weights", "analyse spectrum", "analyse steps", "analyse compression"]:
+for command in [*commands, *(f"analyse {kind}" for kind in KINDS)]:
     try:
         main([*command.split(), "--help"])
     except SystemExit as done:
         assert done.code == 0
 """
-    assert fresh(code, "torch").count("usage: customdiff") == 13
+    assert fresh(code, "torch").count("usage: customdiff") == 9 + len(KINDS)
 
 
 def test_after_a_plain_install_a_command_names_the_extra_that_it_needs(root):

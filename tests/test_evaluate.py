@@ -38,8 +38,8 @@ def clip():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, pipe):
-    """Pictures of a dog, of a cat, and of both as samples of PROMPTS; concepts dog, other, cat, and dog with a change
-    of another weight.
+    """Pictures of a dog, of a cat, and of both as samples of PROMPTS; concepts dog, other, cat and more,
+    which is dog with another weight changed.
     """
     root = tmp_path_factory.mktemp("evaluate")
     for name, subject, count in (("dog", "navy_dog", 3), ("cat", "mint_cat", 5)):

@@ -207,19 +207,21 @@ def _concept_of_each(pipe: Any, prompts: Sequence[str], concepts: Sequence[Conce
 
 def _fingerprints(pipe: Any, concepts: Sequence[Concept]) -> dict[str, Any]:
     """What the samples depend on beside numbers, as digests of its content."""
-    found = []
-    for concept in concepts:
-        delta, digest = concept.delta, hashlib.sha256()
-        factors = delta.factors if isinstance(delta, ck.LowRankDelta) else delta
-        rows = {**concept.weights, **concept.others, **concept.modifier_tokens}
-        for name, tensors in [*factors.items(), *rows.items()]:
-            tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
-            digest.update(name.encode())
-            for tensor in tensors:
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-        found.append(f"{concept}, sha256 {digest.hexdigest()}")
+    found = [f"{concept}, sha256 {fingerprint(concept)}" for concept in concepts]
     return {"base_hash": ck.KVStack.from_unet(pipe.unet).hash(), "concepts": found}
+
+
+def fingerprint(concept: Concept) -> str:
+    """A sha256 (hex) of all that a concept changes, whatever its metadata says."""
+    delta, digest = concept.delta, hashlib.sha256()
+    factors = delta.factors if isinstance(delta, ck.LowRankDelta) else delta
+    rows = {**concept.weights, **concept.others, **concept.modifier_tokens}
+    for name, held in [*factors.items(), *rows.items()]:
+        digest.update(name.encode())
+        for tensor in (held,) if isinstance(held, torch.Tensor) else held:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _targets(folders: Sequence[str | Path], words: Sequence[str], prompts: Sequence[str]) -> list[Target]:

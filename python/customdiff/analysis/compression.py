@@ -59,7 +59,9 @@ def run(options: argparse.Namespace) -> None:
 
     stem, figure = begin(options, panels=2, resumes=True)
     concept = Concept.load(existing(options.concept))
-    data = quality_by_compression(concept, Comparison.of(options), options.energies, options.ranks)
+    comparison = Comparison.of(options)
+    found = quality_by_compression(concept, comparison, options.energies, options.ranks)
+    data = {"concept": options.concept, **found}
     plot(figure, data)
     save(stem, data, tabulated(data["rows"]), figure)
     show(options, data, tabulated(data["rows"]))

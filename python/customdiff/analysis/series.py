@@ -94,7 +94,7 @@ class Comparison:
         if "" in plain:
             prompt = prompts[plain.index("")]
             raise ValueError(f"prompt {prompt!r} has nothing to compare beside its modifier token; add words")
-        picture_paths(self.pictures)
+        picture_paths(self.pictures)  # raises if there is none
         jobs = []
         for name, concept in versions.items():
             texts, concepts = (prompts, [concept]) if concept else (plain, [])

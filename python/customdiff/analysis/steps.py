@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     stem, figure = begin(options, panels=2, resumes=True)
     concepts = concepts_by_step(options.concepts)
-    data = alignment_by_step(concepts, Comparison.of(options))
+    data = {"concepts": options.concepts, **alignment_by_step(concepts, Comparison.of(options))}
     plot(figure, data["rows"], "step", "training steps")
     save(stem, data, tabulated(data["rows"]), figure)
     show(options, data, tabulated(data["rows"]))
@@ -43,9 +43,10 @@ def concepts_by_step(paths: Sequence[str | Path]) -> dict[int, Concept]:
     """The concepts of files, or of all .safetensors files of folders, by the training step of each.
 
     A file's step is its metadata's "step", else the "steps" of its "training". Raises ValueError for a path
-    that is not there, a folder without concepts, a file without a step, and two of the same step.
+    that is not there, a folder without concepts, a file without a step, and different ones of the same step.
     """
     from ..concept import Concept
+    from ..evaluation import fingerprint
 
     files: list[Path] = []
     for path in map(Path, paths):
@@ -59,8 +60,8 @@ def concepts_by_step(paths: Sequence[str | Path]) -> dict[int, Concept]:
         step = concept.metadata.get("step", concept.metadata.get("training", {}).get("steps"))
         if type(step) is not int or step < 0:
             raise ValueError(f"{str(path)!r} does not say after how many training steps it was kept")
-        if step in found:
-            raise ValueError(f"{str(found[step][0])!r} and {str(path)!r} are both of step {step}; give one")
+        if step in found and fingerprint(found[step][1]) != fingerprint(concept):
+            raise ValueError(f"{str(found[step][0])!r} and {str(path)!r} differ and are both of step {step}")
         found[step] = path, concept
     return {step: found[step][1] for step in sorted(found)}
 

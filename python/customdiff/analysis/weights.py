@@ -37,10 +37,8 @@ def run(options: argparse.Namespace) -> None:
 
     stem, figure = begin(options)
     concept = Concept.load(existing(options.concept))
-    data = {
-        "concept": options.concept,
-        **weight_changes(load_base(options.base, options.device).unet, concept),
-    }
+    found = weight_changes(load_base(options.base, options.device).unet, concept)
+    data = {"concept": options.concept, **found}
     plot(figure, data)
     save(stem, data, tabulated(data["layers"]), figure)
     show(options, data, tabulated(data["types"]))
