@@ -16,6 +16,7 @@ from PIL import Image  # noqa: E402
 
 import customdiff_kernels as ck  # noqa: E402
 from customdiff import Concept, cli, sheet  # noqa: E402
+from customdiff.analysis import KINDS  # noqa: E402
 from customdiff.config import TrainConfig  # noqa: E402
 
 CAPTIONS = [
@@ -69,7 +70,7 @@ def test_help_names_every_command_and_every_option_of_the_trainer():
     assert done.returncode == 0
     assert all(
         name in done.stdout
-        for name in ("train", "retrieve", "sample", "merge", "compress", "inspect", "examples:")
+        for name in ("train", "retrieve", "sample", "analyse", "merge", "compress", "inspect", "examples:")
     )
     train = next(a for a in cli.parser()._actions if a.dest == "command").choices["train"].format_help()
     for name in TrainConfig.__dataclass_fields__:
@@ -86,13 +87,15 @@ def fresh(code, *hidden):
 
 def test_help_needs_no_torch():
     code = """
-for command in ("", "train", "sample", "evaluate", "merge", "compress", "convert", "inspect"):
+from customdiff.analysis import KINDS
+commands = ["", "train", "sample", "evaluate", "analyse", "merge", "compress", "convert", "inspect"]
+for command in [*commands, *(f"analyse {kind}" for kind in KINDS)]:
     try:
         main([*command.split(), "--help"])
     except SystemExit as done:
         assert done.code == 0
 """
-    assert fresh(code, "torch").count("usage: customdiff") == 8
+    assert fresh(code, "torch").count("usage: customdiff") == 9 + len(KINDS)
 
 
 def test_after_a_plain_install_a_command_names_the_extra_that_it_needs(root):

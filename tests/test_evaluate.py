@@ -38,7 +38,9 @@ def clip():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, pipe):
-    """Pictures of a dog, of a cat, and of both as samples of PROMPTS; concepts dog, other and cat."""
+    """Pictures of a dog, of a cat, and of both as samples of PROMPTS; concepts dog, other, cat and more,
+    which is dog with another weight changed.
+    """
     root = tmp_path_factory.mktemp("evaluate")
     for name, subject, count in (("dog", "navy_dog", 3), ("cat", "mint_cat", 5)):
         (root / name).mkdir()
@@ -53,6 +55,9 @@ def root(tmp_path_factory, pipe):
         delta = {n: 0.02 * torch.randn(w.shape, generator=g) for n, w in stack.items()}
         row = torch.randn(pipe.text_encoder.config.hidden_size, generator=g)
         Concept(delta, {word: row}, base_metadata(stack)).save(root / f"{name}.safetensors")
+    dog = Concept.load(root / "dog.safetensors")
+    others = {"conv_out.bias": torch.full_like(pipe.unet.conv_out.bias, 0.1)}
+    Concept(dog.delta, dog.modifier_tokens, dog.metadata, others=others).save(root / "more.safetensors")
     (root / "prompts.txt").write_text("photo of a {} on the grass\n\na {} in the snow\n")
     (root / "empty.txt").write_text("\n")
     return root
@@ -335,6 +340,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bits(root, pipe, clip, tm
     [
         ({"sampling": Sampling(samples=3, steps=2, guidance_scale=1, batch_size=2, seed=7)}, "steps"),
         ({"concept": "other"}, "concepts"),
+        ({"concept": "more"}, "concepts"),
         ({"prompts": [*PROMPTS[:2], "a <new1> dog"]}, "prompts"),
     ],
 )

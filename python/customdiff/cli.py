@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   customdiff retrieve --images laion/ --prompts "photo of a <new1> dog" --output other_dogs/
   customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog in the snow"
   customdiff evaluate --concept dog.safetensors --pictures my_dog/ --prompts prompts.txt --output scores/
+  customdiff analyse weights dog.safetensors --output dog_weights/
   customdiff merge dog.safetensors cat.safetensors --output both.safetensors
   customdiff compress dog.safetensors --energy 0.6 --output small.safetensors
   customdiff convert delta.bin --to customdiff --base sd15/ --output dog.safetensors

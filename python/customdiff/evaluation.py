@@ -102,11 +102,9 @@ def evaluate(
     configuration: dict[str, Any]
     if samples_from is not None:
         prompts, samples = existing(samples_from, prompts)
-        configuration = {"samples_from": str(samples_from)}
+        configuration = {"samples_from": str(samples_from), "prompts": prompts}
     else:
-        chosen = _concept_of_each(pipe, prompts, concepts)
-        configuration = {**_fingerprints(pipe, concepts), **asdict(sampling)}
-    configuration["prompts"] = prompts
+        chosen, configuration = check(pipe, prompts, concepts, output, sampling, overwrite)
     words = words or modifiers(prompts)
     texts = [without_words(prompt, words) for prompt in prompts]
     if "" in texts:
@@ -127,6 +125,24 @@ def evaluate(
     results.save(output)
     _draw_sheet(output / "sheet.png", targets, prompts, samples)
     return results
+
+
+def check(
+    pipe: Any,
+    prompts: Sequence[str],
+    concepts: Sequence[Concept],
+    output: Path,
+    sampling: Sampling,
+    overwrite: bool = False,
+) -> tuple[list[Concept | None], dict[str, Any]]:
+    """The concept of each prompt, and what the samples depend on.
+
+    Raises ValueError, having written nothing, if they cannot be drawn, or not into the folder ``output``.
+    """
+    chosen = _concept_of_each(pipe, prompts, concepts)
+    configuration = {**_fingerprints(pipe, concepts), **asdict(sampling), "prompts": list(prompts)}
+    _check_output(output, configuration, overwrite)
+    return chosen, configuration
 
 
 def draw(
@@ -191,18 +207,21 @@ def _concept_of_each(pipe: Any, prompts: Sequence[str], concepts: Sequence[Conce
 
 def _fingerprints(pipe: Any, concepts: Sequence[Concept]) -> dict[str, Any]:
     """What the samples depend on beside numbers, as digests of its content."""
-    found = []
-    for concept in concepts:
-        delta, digest = concept.delta, hashlib.sha256()
-        factors = delta.factors if isinstance(delta, ck.LowRankDelta) else {n: (w,) for n, w in delta.items()}
-        rows = {name: (row,) for name, row in {**concept.weights, **concept.modifier_tokens}.items()}
-        for name, tensors in [*factors.items(), *rows.items()]:
-            digest.update(name.encode())
-            for tensor in tensors:
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-        found.append(f"{concept}, sha256 {digest.hexdigest()}")
+    found = [f"{concept}, sha256 {fingerprint(concept)}" for concept in concepts]
     return {"base_hash": ck.KVStack.from_unet(pipe.unet).hash(), "concepts": found}
+
+
+def fingerprint(concept: Concept) -> str:
+    """A sha256 (hex) of all that a concept changes, whatever its metadata says."""
+    delta, digest = concept.delta, hashlib.sha256()
+    factors = delta.factors if isinstance(delta, ck.LowRankDelta) else delta
+    rows = {**concept.weights, **concept.others, **concept.modifier_tokens}
+    for name, held in [*factors.items(), *rows.items()]:
+        digest.update(name.encode())
+        for tensor in (held,) if isinstance(held, torch.Tensor) else held:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _targets(folders: Sequence[str | Path], words: Sequence[str], prompts: Sequence[str]) -> list[Target]:
@@ -237,15 +256,23 @@ def _references(folder: str | Path | None, samples: int) -> list[Path]:
 
 def _claim(output: Path, configuration: dict[str, Any], overwrite: bool) -> None:
     """Makes `output` the folder of this configuration, or raises if it is another's."""
+    held = _check_output(output, configuration, overwrite)
+    for path in held if overwrite else ():
+        path.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    write(output / "configuration.json", json.dumps(configuration, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_output(output: Path, configuration: dict[str, Any], overwrite: bool) -> list[Path]:
+    """The samples that `output` holds; raises if it is of another configuration, unless it may be."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {str(output)!r} is a file; name a folder")
     file, wanted = output / "configuration.json", json.loads(json.dumps(configuration))
     drawn_here = "samples_from" not in configuration  # else what lies in samples/ may be what is to be scored
     held = list((output / "samples").glob("prompt*_seed*.png")) if drawn_here else []
     if overwrite:
-        for path in held:
-            path.unlink()
-    elif file.exists():
+        return held
+    if file.exists():
         try:
             other = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -261,8 +288,7 @@ def _claim(output: Path, configuration: dict[str, Any], overwrite: bool) -> None
             f"output {str(output)!r} holds samples of an unknown configuration: name another folder, or "
             "overwrite it"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+    return held
 
 
 def _versions(distances: bool) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 import customdiff_kernels as ck
 
 from .concept import Concept
+from .plotting import COLOURS, new_figure, save_figure
 
 
 def describe(concept: Concept, file_bytes: int, values: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -100,28 +101,29 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plotter(path: Path) -> Callable[[Mapping[str, Tensor]], None]:
-    """A function that plots singular values into ``path``. Made before they are computed, it finds out at
-    once whether matplotlib is there and can write such a file.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in (known := figure.canvas.get_supported_filetypes()):
-        raise ValueError(f"plot {str(path)!r} must end in one of .{', .'.join(sorted(known))}")
+    """A function that plots singular values into ``path``; see `new_figure` for when it is made."""
+    figure = new_figure(path)
 
     def plot(values: Mapping[str, Tensor]) -> None:
         axes = figure.subplots()
-        for part, colour in (("to_k", "tab:blue"), ("to_v", "tab:orange")):
-            label: str | None = part
-            for name, found in values.items():
-                kept = found[found > 0]
-                if f".{part}." in f".{name}." and len(kept):
-                    axes.semilogy(range(1, len(kept) + 1), kept, color=colour, alpha=0.5, label=label)
-                    label = None  # once in the legend
-        axes.set_xlabel("index")
+        draw_spectra(axes, values)
+        axes.set_yscale("log")
         axes.set_ylabel("singular value of the change")
-        axes.legend()
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)
 
     return plot
+
+
+def draw_spectra(axes: Any, values: Mapping[str, Tensor]) -> None:
+    """A line for each segment's ``values`` above 0, against their index; keys in one colour and values (V)
+    in another.
+    """
+    for part, colour in zip(("to_k", "to_v"), COLOURS, strict=False):
+        label: str | None = part
+        for name, found in values.items():
+            kept = found[found > 0]
+            if f".{part}." in f".{name}." and len(kept):
+                axes.plot(range(1, len(kept) + 1), kept, color=colour, alpha=0.5, label=label)
+                label = None  # once in the legend
+    axes.set_xlabel("index")
+    axes.legend()

@@ -3,13 +3,14 @@
 They import what they need only when they run: help must not wait for torch.
 """
 
-from . import compress, convert, evaluate, inspect, merge, retrieve, sample, train
+from . import analyse, compress, convert, evaluate, inspect, merge, retrieve, sample, train
 
 COMMANDS = {
     "train": train,
     "retrieve": retrieve,
     "sample": sample,
     "evaluate": evaluate,
+    "analyse": analyse,
     "merge": merge,
     "compress": compress,
     "convert": convert,

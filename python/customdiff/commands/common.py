@@ -59,6 +59,37 @@ def guidance_scale(options: argparse.Namespace) -> float:
     return default_guidance(options.base is None) if options.guidance is None else options.guidance
 
 
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How samples are drawn and in which CLIP they are scored: `sampling` and `clip` read it."""
+    add = parser.add_argument
+    add("--samples", type=int, default=10, help="a prompt; the paper's figures are of 50 (default: 10)")
+    add("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    add("--guidance", type=float, help="guidance scale (default: 3 for the embedded base, else 6)")
+    add("--eta", type=float, default=0.0, help="0: DDIM; 1: the paper's, the noise of DDPM (default: 0)")
+    add("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    add("--batch-size", type=int, default=8, help="pictures drawn at once (default: 8)")
+    add("--clip", metavar="DIR", help="CLIPModel folder to measure with (default: the embedded base's)")
+
+
+def sampling(options: argparse.Namespace) -> Any:
+    """The ``Sampling`` that the options of `add_sampling` ask for."""
+    from ..evaluation import Sampling
+
+    o = options
+    return Sampling(o.samples, o.steps, guidance_scale(o), o.eta, o.seed, o.batch_size)
+
+
+def clip(options: argparse.Namespace, device: Any) -> Any:
+    """The ``Clip`` to measure with: ``--clip``, or that of the embedded base."""
+    import tinysd
+
+    from ..metrics import Clip
+
+    if options.clip is None and options.base is not None:
+        raise ValueError("--clip is needed with --base: the embedded CLIP knows the embedded base's world")
+    return Clip(options.clip or tinysd.clip_path(), device)
+
+
 def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="folder of a Stable Diffusion pipeline (default: the embedded one)")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")

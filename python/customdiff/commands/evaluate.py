@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_base, guidance_scale
+from .common import add_base, add_sampling, clip, sampling
 
 SUMMARY = "Draw samples and measure how they follow prompts and the concept's pictures."
 EXAMPLES = """Samples that the output folder holds are not drawn again, so an interrupted evaluation goes on.
@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--category", nargs="+", default=(), metavar="NOUN", help="what {} means: dog, for a <new1> dog")
     add("--output", required=True, metavar="DIR", help="for the samples, results.json, .csv, .md, sheet.png")
-    add("--samples", type=int, default=10, help="a prompt; the paper's figures are of 50 (default: 10)")
     add("--samples-from", metavar="DIR", help="score the pictures of this folder: prompt0_1.png, ...")
     add(
         "--modifier-tokens",
@@ -48,34 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WORD",
         help="words to take out of the prompts that are scored (default: the concepts', or any <word>)",
     )
-    add("--clip", metavar="DIR", help="CLIPModel folder to measure with (default: the embedded base's)")
     add("--dino", metavar="DIR", help="DINO or DINOv2 model folder, for a second image alignment")
     add("--reference", metavar="DIR", help="real pictures for KID and FID, over CLIP's image embeddings")
-    add("--steps", type=int, default=50, help="denoising steps (default: 50)")
-    add("--guidance", type=float, help="guidance scale (default: 3 for the embedded base, else 6)")
-    add("--eta", type=float, default=0.0, help="0: DDIM; 1: the paper's, the noise of DDPM (default: 0)")
-    add("--seed", type=int, default=0, help="of the first picture (default: 0)")
-    add("--batch-size", type=int, default=8, help="pictures drawn at once (default: 8)")
     add("--overwrite", action="store_true", help="remove the samples of an earlier evaluation in --output")
     add("--quiet", action="store_true", help="show no progress bar")
+    add_sampling(parser)
     add_base(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    import tinysd
-
     from ..base import load_base, usable_device
     from ..concept import Concept
-    from ..evaluation import Sampling, evaluate
-    from ..metrics import Clip, Dino
+    from ..evaluation import evaluate
+    from ..metrics import Dino
     from ..prompts import read_prompts
 
-    embedded = options.base is None
-    if options.clip is None and not embedded:
-        raise ValueError("--clip is needed with --base: the embedded CLIP knows the embedded base's world")
-    sampling = Sampling(
-        options.samples, options.steps, guidance_scale(options), options.eta, options.seed, options.batch_size
-    )
+    drawing = sampling(options)
     prompts = read_prompts(options.prompts)
     concepts = [Concept.load(name) for name in options.concept]
     device = usable_device(options.device)
@@ -83,12 +70,12 @@ def run(options: argparse.Namespace) -> None:
         prompts,
         options.pictures,
         options.output,
-        clip=Clip(options.clip or tinysd.clip_path(), device),
+        clip=clip(options, device),
         dino=Dino(options.dino, device) if options.dino else None,
         reference=options.reference,
         pipe=None if options.samples_from else load_base(options.base, device),
         concepts=concepts,
-        sampling=sampling,
+        sampling=drawing,
         samples_from=options.samples_from,
         modifier_tokens=options.modifier_tokens,
         categories=options.category,
