@@ -4,6 +4,7 @@ import dataclasses
 import types
 
 import pytest
+import tiny_pipeline
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from training_runs import config, folders, keep_gradients, load, several, training_of  # noqa: F401
@@ -343,3 +344,42 @@ def test_a_sequence_of_two_concepts(config):  # noqa: F811
     with pytest.raises(ValueError, match="start_from has the modifier token <new1> already"):
         with training_of(config, start=first):
             pass
+
+
+def test_sdxl_trains_a_row_for_each_text_encoder(tmp_path, config):  # noqa: F811
+    """One step against plain modules: both token tables, all keys and values, the pooled text and the sizes."""
+    folder = str(tiny_pipeline.build_xl(tmp_path / "xl"))
+    pipeline, reference = base.load_base(folder, "cpu"), base.load_base(folder, "cpu")
+    with training_of(dataclasses.replace(config, base=folder, regularization=None), pipeline) as run:
+        batch = run.draw()
+        run.loss(batch, 2, 0).backward()
+        concept = run.concept()
+    latents = run.views.latents.at(batch.views, batch.posterior) * reference.vae.config.scaling_factor
+    noisy = run.scheduler.add_noise(latents, batch.noise, batch.timesteps)
+    prompts = [prompt.replace("<new1>", "ktn") for prompt in batch.prompts]
+    for name, module in reference.unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            module.register_forward_hook(lambda _, __, out: torch.cat([out[:, :1].detach(), out[:, 1:]], 1))
+    context, _, pooled, _ = reference.encode_prompt(
+        prompts, do_classifier_free_guidance=False, device=torch.device("cpu")
+    )
+    sizes = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    output = reference.unet(noisy, batch.timesteps, context, added_cond_kwargs=added).sample
+    (output - batch.noise).square().mean().backward()
+    parameters = dict(reference.unet.named_parameters())
+    for name, first, last in run.learned.base.segments:
+        torch.testing.assert_close(
+            run.learned.weight.grad[first:last], parameters[name].grad, rtol=1e-3, atol=1e-6
+        )
+    rows = run.learned.rows["<new1>"]
+    assert [tuple(row.shape) for row in rows] == [(32,), (48,)]
+    for row, encoder, words in zip(
+        rows,
+        (reference.text_encoder, reference.text_encoder_2),
+        (reference.tokenizer, reference.tokenizer_2),
+        strict=True,
+    ):
+        gradient = encoder.get_input_embeddings().weight.grad[words.convert_tokens_to_ids("ktn</w>")]
+        torch.testing.assert_close(row.grad, gradient, rtol=1e-3, atol=1e-6)
+    assert isinstance(concept.modifier_tokens["<new1>"], tuple)
