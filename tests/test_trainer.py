@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+import os
+import signal
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from training_runs import config, folders, load, several  # noqa: F401
 
 import customdiff_kernels as ck
 from customdiff import Concept, trainer, training
+from customdiff.config import Stopped
 from customdiff.views import Pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -162,3 +166,177 @@ def test_regularization_captions_must_not_name_the_concept(config, tmp_path):  #
     (tmp_path / "r" / "0.txt").write_text("photo of asks dog")
     sks = dataclasses.replace(config, modifier_token="sks", prompts=("a sks dog",), regularization=folder)
     assert Pictures.read(sks)[0].captions == ["photo of asks dog"]
+
+
+# --- a run that is left alone ---
+
+
+def same(first: Concept, second: Concept) -> bool:
+    pairs = zip(first.delta.values(), second.delta.values(), strict=True)
+    words = zip(first.modifier_tokens.values(), second.modifier_tokens.values(), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in (*pairs, *words))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_keeps_a_checkpoint(config, tmp_path, monkeypatch, number):  # noqa: F811
+    whole = trainer.train(config, progress=False)
+    told = dataclasses.replace(config, output=str(tmp_path / "told.safetensors"))
+    step = training.Training.step
+
+    def told_in_the_second(self):
+        if self.steps_done == 1:
+            os.kill(os.getpid(), number)
+        return step(self)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="after 2 of 4 steps; .*resume"):
+        patch.setattr(training.Training, "step", told_in_the_second)
+        trainer.train(told, progress=False)
+    assert signal.getsignal(number) is before
+    assert not (tmp_path / "told.safetensors").exists()
+    resumed = trainer.train(dataclasses.replace(told, resume=True), progress=False)
+    assert len(resumed.losses) == 2 and same(resumed.concept, whole.concept)
+
+
+def test_resume_in_every_mode(config, tmp_path, monkeypatch):  # noqa: F811
+    for weights in ("cross-attention", "unet", "none"):
+        chosen = dataclasses.replace(several(config, 2), weights=weights, checkpoint_every=2, keep_every=2)
+        whole = trainer.train(dataclasses.replace(chosen, output=str(tmp_path / weights)), progress=False)
+        broken = dataclasses.replace(chosen, output=str(tmp_path / f"{weights}-again"))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(trainer.Validation, "after_step", lambda v, _: stop_at(v.training, 3))
+            trainer.train(broken, progress=False)
+        resumed = trainer.train(dataclasses.replace(broken, resume=True), progress=False)
+        assert same(resumed.concept, whole.concept)
+        others = zip(resumed.concept.others.values(), whole.concept.others.values(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in others)
+
+
+def stop_at(run, step):
+    if run.steps_done == step:
+        raise KeyboardInterrupt
+
+
+def test_concepts_kept_on_the_way(config, tmp_path):  # noqa: F811
+    result = trainer.train(dataclasses.replace(config, keep_every=2), progress=False)
+    kept = [Concept.load(tmp_path / f"concept-{step:06}.safetensors") for step in (2, 4)]
+    assert [concept.metadata["step"] for concept in kept] == [2, 4]
+    assert same(kept[1], result.concept) and not same(kept[0], result.concept)
+
+
+def test_pictures_on_the_way_change_nothing(config, tmp_path):  # noqa: F811
+    plain = trainer.train(config, progress=False)
+    for weights in ("kv", "unet"):
+        chosen = {"weights": weights, "output": str(tmp_path / f"{weights}.safetensors")}
+        chosen |= {"validation_prompts": ("a <new1> dog", "a <new1> cat"), "validation_every": 2}
+        watched = trainer.train(dataclasses.replace(config, **chosen), progress=False)
+        assert weights != "kv" or same(watched.concept, plain.concept)
+        drawn = sorted((tmp_path / f"{weights}.validation").iterdir())
+        assert [path.name for path in drawn] == ["000002.png", "000004.png"]
+        first, last = (np.asarray(Image.open(path)) for path in drawn)
+        assert first.shape == last.shape and (first != last).any()
+
+
+def test_trackers_are_told(config, tmp_path, monkeypatch):  # noqa: F811
+    """Through accelerate; TensorBoard itself is not among the test's packages."""
+    told, finished = [], []
+
+    class Tracker:
+        name, main_process_only = "tensorboard", True
+
+        def log(self, values, step=None, **_):
+            told.append((step, values))
+
+        def finish(self):
+            finished.append(True)
+
+        class writer:
+            @staticmethod
+            def add_images(tag, images, step, dataformats):
+                told.append((step, {tag: (images.shape, dataformats)}))
+
+    def start(accelerator, *_, config):
+        assert config["steps"] == 4 and isinstance(config["prompts"], str)
+        accelerator.trackers = [Tracker()]
+
+    chosen = {"log_with": "tensorboard", "validation_prompts": ("a <new1> dog",), "validation_every": 4}
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="pip install tensorboard"):
+        patch.setattr("accelerate.tracking.get_available_trackers", list)
+        trainer.train(dataclasses.replace(config, **chosen), progress=False)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", start)
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_, **__: [])
+    trainer.train(dataclasses.replace(config, **chosen), progress=False)
+    losses = [values for _, values in told if "loss" in values]
+    assert len(losses) == 4 and losses[0]["learning_rate"] == 1e-2 and finished == [True]
+    assert told[-1] == (4, {"validation": ((1, 32, 32, 3), "NHWC")})
+
+
+def test_generated_regularization(config, tmp_path, monkeypatch):  # noqa: F811
+    """As many pictures as asked for, by the base; made once, gone on with where they stopped."""
+    chosen = dataclasses.replace(config, regularization="generated", generated_count=3, generated_steps=2)
+    result = trainer.train(chosen, progress=False)
+    folder = tmp_path / "concept.generated-1"
+    made = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert sorted(made) == ["0000.png", "0001.png", "0002.png"] and len(set(made.values())) == 3
+    assert (folder / "captions.csv").read_text().splitlines()[1] == "0000.png,photo of a dog"
+    (folder / "0001.png").unlink()
+    again = trainer.train(dataclasses.replace(chosen, overwrite=True), progress=False)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == made
+    assert same(again.concept, result.concept)
+    with pytest.raises(ValueError, match="holds other files than pictures generated for 'a cat'"):
+        other = {"regularization_prompt": "a cat", "overwrite": True}
+        trainer.train(dataclasses.replace(chosen, **other), progress=False)
+
+
+def test_out_of_memory_says_what_to_lower(config, monkeypatch):  # noqa: F811
+    def full(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training.Training, "loss", full)
+    with pytest.raises(
+        MemoryError, match="accumulation=2, gradient_checkpointing=True, mixed_precision='bf16'"
+    ):
+        trainer.train(config, progress=False)
+    with pytest.raises(MemoryError, match="try a lower resolution"):
+        least = {"accumulation": 2, "gradient_checkpointing": True, "mixed_precision": "bf16"}
+        trainer.train(dataclasses.replace(config, **least), progress=False)
+
+
+def test_a_full_disk_is_known_before_the_first_step(config, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(training.Training, "step", lambda _: pytest.fail("a step was taken"))
+    with pytest.raises(OSError, match="the run writes up to 0 MiB and the disk has 0 MiB left"):
+        trainer.train(config, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_no_half_file_and_keeps_the_checkpoint(config, tmp_path, monkeypatch):  # noqa: F811
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("customdiff_kernels._safetensors.write", full)
+        trainer.train(dataclasses.replace(config, checkpoint_every=2), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["concept.safetensors.checkpoint"]
+    resumed = trainer.train(dataclasses.replace(config, checkpoint_every=2, resume=True), progress=False)
+    assert resumed.losses == () and resumed.output.is_file()
+
+
+def test_a_base_without_cross_attention_is_named(config, tmp_path):  # noqa: F811
+    from diffusers import UNet2DConditionModel
+
+    pipeline = load(config.base)
+    pipeline.unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32,),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+    )
+    with pytest.raises(ValueError, match="found no text cross-attention"):
+        trainer.train(config, pipeline, progress=False)
+    with pytest.raises(ValueError, match="resolution must be a multiple of 2, got 33"):
+        trainer.train(dataclasses.replace(config, resolution=33), progress=False)
+    assert not list(tmp_path.iterdir())

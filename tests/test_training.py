@@ -347,7 +347,7 @@ def test_a_sequence_of_two_concepts(config):  # noqa: F811
 
 
 def test_sdxl_trains_a_row_for_each_text_encoder(tmp_path, config):  # noqa: F811
-    """One step against plain modules: both token tables, all keys and values, the pooled text and the sizes."""
+    """Against plain modules: both token tables, all keys and values, the pooled text and the sizes."""
     folder = str(tiny_pipeline.build_xl(tmp_path / "xl"))
     pipeline, reference = base.load_base(folder, "cpu"), base.load_base(folder, "cpu")
     with training_of(dataclasses.replace(config, base=folder, regularization=None), pipeline) as run:

@@ -347,7 +347,10 @@ def new_accelerator(config: TrainConfig, device: torch.device) -> Any:
     """accelerate's view of this process: mixed precision, the other processes, trackers."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
 
+    if config.log_with and config.log_with not in get_available_trackers():
+        raise ValueError(f"log_with={config.log_with!r} needs its package: pip install {config.log_with}")
     AcceleratorState._reset_state()  # else a second run in one process could not have another precision
     folder = Path(config.output).with_suffix(".logs")
     return Accelerator(
