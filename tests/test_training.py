@@ -104,6 +104,14 @@ def test_the_parts_of_a_step_are_the_step(config):  # noqa: F811
 def test_concepts_take_turns(config):  # noqa: F811
     """However many pictures each has; and regularization pictures go with them."""
     three = several(config, 3)
+    with training_of(dataclasses.replace(three, batch_size=2)) as run:  # one at least has no picture
+        run.step()
+        assert (
+            sum(
+                bool((run.optimizer.state[row]["exp_avg"] != 0).any()) for (row,) in run.learned.rows.values()
+            )
+            == 2
+        )
     with training_of(dataclasses.replace(three, batch_size=4)) as run:
         words = []
         for _ in range(3):

@@ -82,6 +82,12 @@ class Training:
 
         self.config, self.pipeline, self.steps_done = config, pipeline, 0
         self.accelerator = accelerator or new_accelerator(config, pipeline.unet.device)
+        parts = self.accelerator.num_processes * config.accumulation
+        if parts > config.batch_size:
+            raise ValueError(
+                f"batch_size must be at least the {self.accelerator.num_processes} processes times "
+                f"accumulation={config.accumulation}, got {config.batch_size}"
+            )
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction = self.scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
@@ -125,11 +131,13 @@ class Training:
             loss = self.loss(share, *sizes)
             accelerator.backward(loss)
             total += loss.detach()
+        for parameter in self.learned.parameters():
+            if parameter.grad is None:  # V* of a concept that this part of the step has not
+                parameter.grad = torch.zeros_like(parameter)
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total, "sum")
             for parameter in self.learned.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = accelerator.reduce(parameter.grad, "sum")
+                parameter.grad = accelerator.reduce(parameter.grad, "sum")
         rates = dict(zip(("weights", "rows"), self.rates, strict=True))
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["of"]]
@@ -175,11 +183,8 @@ class Training:
             if len(batch.prior):
                 latents = torch.cat([latents, self.prior_latents.at(batch.prior, batch.posterior[count:])])
                 text = _joined(text, self._prior_text(batch))
-                masks = (
-                    None
-                    if masks is None
-                    else torch.cat([masks, torch.ones_like(masks[:1]).expand(len(batch.prior), -1, -1, -1)])
-                )
+                if masks is not None:
+                    masks = torch.cat([masks, masks.new_ones(len(batch.prior), *masks.shape[1:])])
             losses = self._losses(latents, text, batch.noise, batch.timesteps, masks)
         loss = losses[:count].sum() / concepts
         if prior:
