@@ -8,7 +8,7 @@ before the call, once a prompt for all layers and steps, are handed over as ``cr
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -48,8 +48,11 @@ class CrossAttnProcessor:
     ``bias``: a LayoutBias or a dense (B,H,N,S)-broadcastable tensor, or a mapping of these by number of image
     tokens N. ``scale`` is what LoRA layers read elsewhere; it does not touch the scores. Scores and softmax
     are float32 inside whatever the dtype, so ``upcast_attention`` and ``upcast_softmax`` ask for nothing
-    more.
+    more. ``attention``, where it is set, takes the place of the fused operators, which never build the
+    probabilities: called as ``cross_attention`` is, with (B,H,N,D) and (B,H,S,D), it can look at them.
     """
+
+    attention: Callable[..., Tensor] | None = None
 
     def __init__(self, name: str, previous: object):
         self.name, self.previous = name, previous
@@ -76,7 +79,7 @@ class CrossAttnProcessor:
         key, value = self._key_value(attn, hidden, encoder_hidden_states, kv)
         total_bias = _total_bias(attention_mask, bias, hidden.shape[0], hidden.shape[1], attn.heads)
         to_q, to_out, dropout = self._query_out(attn)
-        hidden = dropout(_attend(attn, hidden, key, value, to_q, to_out, total_bias))
+        hidden = dropout(_attend(attn, hidden, key, value, to_q, to_out, total_bias, self.attention))
 
         if residual.ndim == 4:
             hidden = hidden.transpose(1, 2).reshape(residual.shape)
@@ -141,26 +144,13 @@ def patch_unet(unet: nn.Module) -> list[str]:
     Raises ValueError if there is no cross-attention to patch, or if a processor stands there that does more
     than softmax attention (an IP-Adapter's, say), which ours would silently drop; nothing is changed then.
     """
-    ours: dict[str, CrossAttnProcessor] = {}
-    for name, attn in _cross_attentions(unet).items():
-        previous = attn.processor
-        if isinstance(previous, CrossAttnProcessor):
-            ours[name] = previous
-        elif type(previous).__name__ in _CUSTOM_DIFFUSION:
-            ours[name] = _take_over(name, previous)
-        elif type(previous).__name__ in _REPLACEABLE:
-            ours[name] = CrossAttnProcessor(name, previous)
-        else:
-            raise ValueError(
-                f"unet: {name} has the processor {type(previous).__name__}, which does more than softmax "
-                "attention; remove it first (unload its adapter, or call unet.set_default_attn_processor())"
-            )
+    ours = {name: processor_for(name, attn) for name, attn in _cross_attentions(unet).items()}
     if not ours:
         raise ValueError(
             f"unet: found no text cross-attention (a diffusers Attention called attn2) "
             f"in {type(unet).__name__}; pass a UNet2DConditionModel, such as pipeline.unet"
         )
-    for name, attn in _attentions(unet).items():
+    for name, attn in attentions(unet).items():
         if name in ours:
             attn.set_processor(ours[name])
         elif _drop_our_arguments not in attn._forward_pre_hooks.values():
@@ -171,7 +161,7 @@ def patch_unet(unet: nn.Module) -> list[str]:
 def unpatch_unet(unet: nn.Module) -> list[str]:
     """Put back the very processors that stood before ``patch_unet``; returns the names of their modules."""
     restored = []
-    for name, attn in _attentions(unet).items():
+    for name, attn in attentions(unet).items():
         for key, hook in list(attn._forward_pre_hooks.items()):
             if hook is _drop_our_arguments:
                 del attn._forward_pre_hooks[key]
@@ -185,7 +175,7 @@ def unpatch_unet(unet: nn.Module) -> list[str]:
 @contextmanager
 def patched(unet: nn.Module) -> Iterator[list[str]]:
     """``patch_unet`` for the length of a ``with`` block; a UNet that was patched before stays so after."""
-    before = any(isinstance(attn.processor, CrossAttnProcessor) for attn in _attentions(unet).values())
+    before = any(isinstance(attn.processor, CrossAttnProcessor) for attn in attentions(unet).values())
     try:
         yield patch_unet(unet)
     finally:
@@ -193,7 +183,25 @@ def patched(unet: nn.Module) -> Iterator[list[str]]:
             unpatch_unet(unet)
 
 
-def _attentions(unet: nn.Module) -> dict[str, Any]:
+def processor_for(name: str, attn: Any) -> CrossAttnProcessor:
+    """One of ours to stand on ``attn``, a module called ``name``: that which is there, or a new one.
+
+    Raises ValueError if what stands there does more than softmax attention.
+    """
+    previous = attn.processor
+    if isinstance(previous, CrossAttnProcessor):
+        return previous
+    if type(previous).__name__ in _CUSTOM_DIFFUSION:
+        return _take_over(name, previous)
+    if type(previous).__name__ in _REPLACEABLE:
+        return CrossAttnProcessor(name, previous)
+    raise ValueError(
+        f"unet: {name} has the processor {type(previous).__name__}, which does more than softmax "
+        "attention; remove it first (unload its adapter, or call unet.set_default_attn_processor())"
+    )
+
+
+def attentions(unet: nn.Module) -> dict[str, Any]:
     if not isinstance(unet, nn.Module):
         raise TypeError(
             f"unet must be a UNet2DConditionModel, not {type(unet).__name__} (a pipeline has it as .unet)"
@@ -208,7 +216,7 @@ def _cross_attentions(unet: nn.Module) -> dict[str, Any]:
     """The modules whose K/V a Custom Diffusion delta changes: ``attn2`` of every transformer block."""
     return {
         name: attn
-        for name, attn in _attentions(unet).items()
+        for name, attn in attentions(unet).items()
         if name.rpartition(".")[2] == "attn2" and attn.is_cross_attention and attn.added_kv_proj_dim is None
     }
 
@@ -235,9 +243,9 @@ def _take_over(name: str, previous: Any) -> Any:
     return processor
 
 
-def _attend(attn, hidden, key, value, to_q, to_out, bias):
+def _attend(attn, hidden, key, value, to_q, to_out, bias, attention):
     normed = attn.norm_q is not None or attn.norm_k is not None
-    if _is_frozen(to_q) and _is_frozen(to_out) and to_q.bias is None and not normed:
+    if attention is None and _is_frozen(to_q) and _is_frozen(to_out) and to_q.bias is None and not normed:
         frozen = [None if w is None else w.detach() for w in (to_q.weight, to_out.weight, to_out.bias)]
         heads, scale = attn.heads, attn.scale
         return kv_cross_attention(
@@ -251,7 +259,7 @@ def _attend(attn, hidden, key, value, to_q, to_out, bias):
         query = attn.norm_q(query)
     if attn.norm_k is not None:
         key = attn.norm_k(key)
-    out = cross_attention(query, key, value, bias=bias, scale=attn.scale)
+    out = (attention or cross_attention)(query, key, value, bias=bias, scale=attn.scale)
     return to_out(out.transpose(1, 2).flatten(2))
 
 

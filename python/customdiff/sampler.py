@@ -10,7 +10,7 @@ import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ def sample(
     seeds: int | Sequence[int] = 0,
     size: tuple[int, int] | None = None,
     scheduler: Any = None,
+    latents: Tensor | None = None,
+    on_step: Callable[[int, Tensor], Tensor] | None = None,
     output: str = "pil",
     progress: bool = True,
 ) -> list[Image.Image] | Tensor:
@@ -53,6 +55,9 @@ def sample(
         seeds: one a row; of an integer s, row i has s + i. A row does not depend on the others of its batch.
         size: (height, width) of the pictures; default: the base model's.
         scheduler: any diffusers scheduler (it is copied); default: DDIM with the pipeline's noise schedule.
+        latents: (B,C,h,w) to start from in the place of the seeds' noise; they give the pictures' size.
+        on_step: called after every step with its number, from 0, and the latents (B,C,h,w); returns those to
+            go on with.
         output: "pil" (a list of images), "tensor" (B,3,H,W) in 0..1, or "latents" (B,C,h,w).
 
     A concept that changes more than keys and values (``others``) must be that of all rows; its changes are on
@@ -78,7 +83,12 @@ def sample(
         raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM), got {eta}")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
-    shape = (pipe.unet.config.in_channels, *_latent_size(pipe, size))
+    shape = (pipe.unet.config.in_channels, *latent_size(pipe, size))
+    if latents is not None and (latents.ndim, *latents.shape[:2]) != (4, len(prompts), shape[0]):
+        raise ValueError(
+            f"latents must be ({len(prompts)}, {shape[0]}, h, w), a row for each prompt, "
+            f"got {tuple(latents.shape)}"
+        )
     stack = ck.KVStack.from_unet(pipe.unet)
     others = [concept for concept in _distinct(concepts) if concept.others]
     if others and any(concept is not others[0] for concept in concepts):
@@ -107,7 +117,9 @@ def sample(
     scheduler = _ddim(pipe.scheduler) if scheduler is None else copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps, device=pipe.unet.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.unet.device)
+    if latents is None:
+        latents = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    noise = latents.to(pipe.unet.device, torch.float32)
     with ck.patched(pipe.unet), _others_on(pipe.unet, concepts[0]):
         latents = denoise(
             pipe.unet,
@@ -119,6 +131,7 @@ def sample(
             eta,
             generators,
             added,
+            on_step=on_step,
             progress=progress,
         )
     if output == "latents":
@@ -139,6 +152,7 @@ def denoise(
     generators: list[torch.Generator],
     added: dict[str, Tensor] | None = None,
     *,
+    on_step: Callable[[int, Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """The reverse process from ``noise`` (B,C,h,w), in float32 whatever the UNet's dtype.
@@ -157,7 +171,7 @@ def denoise(
 
     copies = context.shape[0] // noise.shape[0]
     x = noise * scheduler.init_noise_sigma
-    for t in tqdm(scheduler.timesteps, desc="sampling", disable=not progress):
+    for i, t in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress)):
         x_in = scheduler.scale_model_input(torch.cat([x] * copies), t).to(unet.dtype)
         out = unet(
             x_in,
@@ -170,6 +184,8 @@ def denoise(
             unconditional, conditional = out.chunk(2)
             out = unconditional + guidance_scale * (conditional - unconditional)
         x = scheduler.step(out, t, x, **options).prev_sample
+        if on_step is not None:
+            x = on_step(i, x)
     return x
 
 
@@ -213,7 +229,8 @@ def _ddim(scheduler: Any) -> Any:
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False)  # latents are not bounded by 1
 
 
-def _latent_size(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+def latent_size(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+    """(h, w) of the latents for pictures of ``size`` (height, width), by default the base model's."""
     if size is None:
         side = pipe.unet.config.sample_size
         return (side, side) if isinstance(side, int) else tuple(side)
