@@ -6,8 +6,10 @@ from typing import Any
 _HOME = {  # imported on first use: the command line's --help needs no torch
     "Concept": ".concept",
     "TrainConfig": ".config",
+    "edit": ".editing",
     "encode_prompts": ".concept",
     "evaluate": ".evaluation",
+    "invert": ".editing",
     "load_base": ".base",
     "match": ".concept",
     "sample": ".sampler",

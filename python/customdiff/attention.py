@@ -1,7 +1,7 @@
 """Attention probabilities of a live UNet: recorded by word, or changed on their way to the values.
 
-The fused kernels never build the probabilities P = softmax(QKᵀ·scale + bias). Under ``steered`` they are built
-plainly, but only in the layers and steps that a ``Control`` asks for.
+The fused kernels never build the probabilities P = softmax(QKᵀ·scale + bias). Under ``steered`` they are
+built plainly, but only in the layers and steps that a ``Control`` asks for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -45,8 +44,9 @@ def steered(unet: torch.nn.Module, *controls: Control) -> Iterator[None]:
     """For the length of a ``with`` block, ``controls`` see the attention of ``unet``, one after the other.
 
     For UNets of SD 1.x, 2.x and SDXL, patched by ``ck.patch_unet`` or not: cross-attention (attn2) and
-    self-attention (attn1). In a layer that no control wants, the fused kernels run as ever. Afterwards every
-    module has the very processor that it had before.
+    self-attention (attn1). In a layer that no control wants, the fused kernels run as ever. Blocks may stand
+    in one another: the outer controls see what the inner ones made. Afterwards every module has the very
+    processor that it had before.
 
     Raises ValueError if a processor does more than softmax attention.
     """
@@ -54,10 +54,11 @@ def steered(unet: torch.nn.Module, *controls: Control) -> Iterator[None]:
         modules = {
             name: attn for name, attn in attentions(unet).items() if name.endswith((".attn1", ".attn2"))
         }
-        ours = {name: copy.copy(processor_for(name, attn)) for name, attn in modules.items()}
-        for name, attn in modules.items():
-            ours[name].attention = partial(_attention, controls, name, attn.is_cross_attention)
         before = {name: attn.processor for name, attn in modules.items()}
+        ours = {name: copy.copy(processor_for(name, attn)) for name, attn in modules.items()}
+        for name, processor in ours.items():
+            outer = processor.attention.controls if isinstance(processor.attention, _Attention) else ()
+            processor.attention = _Attention((*controls, *outer), name, modules[name].is_cross_attention)
         try:
             for name, attn in modules.items():
                 attn.set_processor(ours[name])
@@ -67,28 +68,27 @@ def steered(unet: torch.nn.Module, *controls: Control) -> Iterator[None]:
                 attn.set_processor(before[name])
 
 
-def _attention(
-    controls: Sequence[Control],
-    name: str,
-    cross: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Any = None,
-    scale: float | None = None,
-) -> Tensor:
-    layer = Layer(name, cross, query.shape[2])
-    wanting = [control for control in controls if control.wants(layer)]
-    if not wanting and cross:
-        return ck.cross_attention(query, key, value, bias=bias, scale=scale)
-    if isinstance(bias, ck.LayoutBias):
-        bias = bias.dense()
-    if not wanting:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    probabilities = attention_probabilities(query, key, bias, scale)
-    for control in wanting:
-        probabilities = control(probabilities, layer)
-    return (probabilities @ value.to(probabilities.dtype)).to(query.dtype)
+class _Attention(NamedTuple):
+    """Takes the place of ``ck.cross_attention``, and of self-attention."""
+
+    controls: tuple[Control, ...]
+    name: str
+    cross: bool
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Any = None, scale: float | None = None
+    ) -> Tensor:
+        layer = Layer(self.name, self.cross, query.shape[2])
+        wanting = [control for control in self.controls if control.wants(layer)]
+        if not wanting and self.cross:
+            return ck.cross_attention(query, key, value, bias=bias, scale=scale)
+        bias = bias.dense() if isinstance(bias, ck.LayoutBias) else bias
+        if not wanting:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+        probabilities = attention_probabilities(query, key, bias, scale)
+        for control in wanting:
+            probabilities = control(probabilities, layer)
+        return (probabilities @ value.to(probabilities.dtype)).to(query.dtype)
 
 
 def attention_probabilities(

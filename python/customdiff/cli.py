@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   customdiff train --images my_dog/ --prompts "photo of a <new1> dog" --output dog.safetensors
   customdiff retrieve --images laion/ --prompts "photo of a <new1> dog" --output other_dogs/
   customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog in the snow"
+  customdiff edit --concept dog.safetensors --source "photo of a dog" --target "photo of a <new1> dog"
   customdiff evaluate --concept dog.safetensors --pictures my_dog/ --prompts prompts.txt --output scores/
   customdiff analyse weights dog.safetensors --output dog_weights/
   customdiff merge dog.safetensors cat.safetensors --output both.safetensors

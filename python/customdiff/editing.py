@@ -20,7 +20,7 @@ from torch import Tensor
 from .attention import Layer, Recorder, Word, prompt_words, steered, word_positions
 from .concept import Concept, match
 from .data import encode, square, to_tensor, upright_rgb
-from .sampler import latent_size, sample
+from .sampler import check_pipeline, latent_size, sample
 
 BLEND_THRESHOLD = 0.3  # of the largest attention; this and the next as in the published code
 BLEND_FROM = 0.2  # of the steps: before, the attention is too vague for a mask
@@ -38,10 +38,10 @@ def edit(
     self_side: int | None = None,
     reweight: Mapping[str, float] | None = None,
     blend: Sequence[str] = (),
+    picture: Image.Image | None = None,
     seed: int = 0,
-    latents: Tensor | None = None,
     steps: int = 50,
-    guidance_scale: float = 6.0,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
     size: tuple[int, int] | None = None,
     output: str = "pil",
@@ -62,12 +62,14 @@ def edit(
         reweight: {word: weight}: in every step the attention to the word in the targets is multiplied with
             it, and that to the others is left as it is. A negative weight drives the word out.
         blend: words of the source or a target; where neither attends to them, the source's picture stays.
-        latents: (1,C,h,w) to start from in the place of the seed's noise, such as ``invert`` finds.
+        picture: a real one that ``source`` describes, to edit in the place of the seed's (``invert``).
+        guidance_scale: default: 6, and 1 for a real picture, which with guidance drifts from itself.
 
     The others are those of ``sample``. Returns 1 + len(targets) pictures, by DDIM.
 
     Raises ValueError if a share is not in 0..1 or a word is in no prompt, and as ``sample`` does.
     """
+    check_pipeline(pipe)
     prompts = [source, *([targets] if isinstance(targets, str) else targets)]
     if len(prompts) == 1:
         raise ValueError("targets is empty; give at least one prompt")
@@ -77,11 +79,13 @@ def edit(
         raise ValueError(
             f"concepts has {len(concepts)} entries for a source and {len(prompts) - 1} targets; give one each"
         )
+    if picture is not None and size is not None:
+        raise ValueError("size must be left out with picture, which takes the base model's size")
     words = [
         prompt_words(pipe.tokenizer, prompt, concept.modifier_tokens if concept else ())
         for prompt, concept in zip(prompts, concepts, strict=True)
     ]
-    half = min(latent_size(pipe, size) if latents is None else latents.shape[-2:]) // 2
+    half = min(latent_size(pipe, size)) // 2
     control = PromptToPrompt(
         words,
         pipe.tokenizer.model_max_length,
@@ -93,6 +97,12 @@ def edit(
         device=pipe.unet.device,
     )
     mask = Blend(words, blend, round(BLEND_FROM * steps), half**2) if blend else None
+    latents = None
+    if picture is not None:
+        latents = invert(pipe, picture, source, concepts[0], steps=steps, progress=progress)
+        latents = latents.expand(len(prompts), -1, -1, -1)
+    if guidance_scale is None:
+        guidance_scale = 6.0 if picture is None else 1.0
 
     def after(step: int, x: Tensor) -> Tensor:
         control.step = step + 1
@@ -108,7 +118,7 @@ def edit(
             guidance_scale=guidance_scale,
             seeds=[seed] * len(prompts),
             size=size,
-            latents=None if latents is None else latents.expand(len(prompts), -1, -1, -1),
+            latents=latents,
             on_step=after,
             output=output,
             progress=progress,
@@ -141,6 +151,9 @@ class PromptToPrompt:
         mapper = torch.stack([align(source, target, length) for target in targets])  # (T,S,S)
         until = torch.full((len(targets), length), cross_steps)
         weights = torch.ones(len(targets), length)
+        for word, weight in (reweight or {}).items():
+            if not math.isfinite(weight):
+                raise ValueError(f"reweight must be finite, got {weight} for {word!r}")
         for name, given, table in (("word_steps", word_steps, until), ("reweight", reweight, weights)):
             for word, value in (given or {}).items():
                 for row, positions in enumerate(find("targets", name, targets, word)):
@@ -218,6 +231,7 @@ def find(where: str, name: str, prompts: Sequence[Sequence[Word]], word: str) ->
     return found
 
 
+@torch.no_grad()
 def invert(
     pipe: Any,
     picture: Image.Image,
@@ -229,9 +243,9 @@ def invert(
 ) -> Tensor:
     """The latents (1,C,h,w) from which ``prompt`` draws ``picture``: DDIM run backwards, without guidance.
 
-    ``edit(..., latents=invert(...))`` with ``guidance_scale=1`` and as many steps edits a real picture. With
-    guidance the picture drifts from itself: its remedy, null-text optimisation, is not here. The centre
-    square of the picture is taken, in the base model's size.
+    ``sample`` gives the picture back, roughly, of these latents in as many steps with ``guidance_scale=1``.
+    With guidance it drifts away; the remedy, null-text optimisation, is not here. The centre square of the
+    picture is taken, in the base model's size.
     """
     from diffusers import DDIMInverseScheduler
 

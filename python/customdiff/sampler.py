@@ -64,11 +64,7 @@ def sample(
     the UNet for the call alone.
     Raises ValueError if a prompt lacks the modifier token of its concept, or a concept is of another base.
     """
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not hasattr(pipe, part):
-            raise TypeError(
-                f"pipe must be a StableDiffusionPipeline, got {type(pipe).__name__} without {part}"
-            )
+    check_pipeline(pipe)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     concepts = _one_each("concepts", concepts, len(prompts), (Concept, type(None)))
     seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else seeds
@@ -227,6 +223,14 @@ def _ddim(scheduler: Any) -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False)  # latents are not bounded by 1
+
+
+def check_pipeline(pipe: Any) -> None:
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not hasattr(pipe, part):
+            raise TypeError(
+                f"pipe must be a StableDiffusionPipeline, got {type(pipe).__name__} without {part}"
+            )
 
 
 def latent_size(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int]:

@@ -3,12 +3,13 @@
 They import what they need only when they run: help must not wait for torch.
 """
 
-from . import analyse, compress, convert, evaluate, inspect, merge, retrieve, sample, train
+from . import analyse, compress, convert, edit, evaluate, inspect, merge, retrieve, sample, train
 
 COMMANDS = {
     "train": train,
     "retrieve": retrieve,
     "sample": sample,
+    "edit": edit,
     "evaluate": evaluate,
     "analyse": analyse,
     "merge": merge,

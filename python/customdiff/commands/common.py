@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,47 @@ def check_writable(file: Path, folder: bool = False) -> None:
     nearest = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"output {str(file)!r} cannot be written: {str(nearest)!r} is no folder to write to")
+
+
+def check_pictures(output: Path) -> None:
+    """Raises before the work what ``save_pictures`` would raise after it."""
+    check_writable(output if output.suffix.lower() == ".png" else output / "picture.png")
+
+
+def save_pictures(
+    output: Path, rows: Sequence[tuple[str, Sequence[Any]]], names: list[str], seed: int
+) -> None:
+    """Writes `rows`, each (label, its pictures of seeds from `seed` on), and prints where.
+
+    A .png is one sheet of all; anything else a folder for NAME_seed0.png, ..., with a name for each row.
+    """
+    from ..sheet import contact_sheet
+
+    if output.suffix.lower() == ".png":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(rows, side=max(128, min(512, rows[0][1][0].width))).save(output)
+        print(output)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for name, (_, pictures) in zip(names, rows, strict=True):
+        for k, picture in enumerate(pictures):
+            picture.save(output / f"{name}_seed{seed + k}.png")
+    print(f"{output}: {sum(len(pictures) for _, pictures in rows)} pictures")
+
+
+def match_files(prompts: Sequence[str], concepts: Mapping[str, Any], flag: str) -> list[Any]:
+    """``concept.match`` with the concepts of files, {name: Concept}, each of which must serve a prompt."""
+    from ..concept import match
+
+    matched = match(prompts, list(concepts.values()))
+    for name, concept in concepts.items():
+        if not any(found is concept for found in matched):
+            words = " or ".join(concept.modifier_tokens)
+            why = f"none names its modifier token {words}" if words else "each has another concept"
+            raise ValueError(
+                f"--concept {name} serves no {flag}: {why}; correct a prompt, or leave the file out"
+            )
+    return matched
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

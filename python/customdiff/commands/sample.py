@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import add_base, check_writable, existing, guidance_scale, positive
+from .common import add_base, check_pictures, existing, guidance_scale, match_files, positive, save_pictures
 
 SUMMARY = "Draw pictures, with concepts or without."
 EXAMPLES = """A --concept serves the --prompt before it; one that stands before all prompts serves each
@@ -45,11 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..base import load_base
     from ..sampler import sample
-    from ..sheet import contact_sheet
 
     output = Path(options.output)
-    sheet = output.suffix.lower() == ".png"
-    check_writable(output if sheet else output / "prompt0.png")
+    check_pictures(output)
     shared, pairs = options.pairs
     prompts = [prompt for prompt, _ in pairs]
     concepts = _concepts(shared, pairs)
@@ -66,16 +64,7 @@ def run(options: argparse.Namespace) -> None:
         progress=not options.quiet,
     )
     rows = [(prompt, pictures[i * options.count :][: options.count]) for i, prompt in enumerate(prompts)]
-    if sheet:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(rows, side=max(128, min(512, pictures[0].width))).save(output)
-        print(output)
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    for i, (_, row) in enumerate(rows):
-        for k, picture in enumerate(row):
-            picture.save(output / f"prompt{i}_seed{options.seed + k}.png")
-    print(f"{output}: {len(pictures)} pictures")
+    save_pictures(output, rows, [f"prompt{i}" for i in range(len(rows))], options.seed)
 
 
 class _Pair(argparse.Action):
@@ -99,18 +88,11 @@ class _Pair(argparse.Action):
 
 def _concepts(shared: list[str], pairs: list[tuple[str, str | None]]) -> list[Any]:
     """The concept of each (prompt, its own file); without a file the one of the shared files that fits."""
-    from ..concept import Concept, match
+    from ..concept import Concept
 
     own = [file for _, file in pairs if file]
     files = {name: Concept.load(existing(name)) for name in dict.fromkeys([*shared, *own])}
     common = {name: files[name] for name in shared}
-    matched = match([prompt for prompt, file in pairs if not file], list(common.values()))
-    for name, concept in common.items():
-        if not any(found is concept for found in matched):
-            words = " or ".join(concept.modifier_tokens)
-            why = f"none names its modifier token {words}" if words else "each has another concept"
-            raise ValueError(
-                f"--concept {name} serves no --prompt: {why}; correct a prompt, or leave the file out"
-            )
+    matched = match_files([prompt for prompt, file in pairs if not file], common, "--prompt")
     rest = iter(matched)
     return [files[file] if file else next(rest) for _, file in pairs]
