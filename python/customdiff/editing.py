@@ -42,7 +42,7 @@ def edit(
     seed: int = 0,
     steps: int = 50,
     guidance_scale: float | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     size: tuple[int, int] | None = None,
     output: str = "pil",
     progress: bool = True,

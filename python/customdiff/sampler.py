@@ -80,11 +80,13 @@ def sample(
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
     shape = (pipe.unet.config.in_channels, *latent_size(pipe, size))
-    if latents is not None and (latents.ndim, *latents.shape[:2]) != (4, len(prompts), shape[0]):
-        raise ValueError(
-            f"latents must be ({len(prompts)}, {shape[0]}, h, w), a row for each prompt, "
-            f"got {tuple(latents.shape)}"
-        )
+    if latents is not None:
+        if (latents.ndim, *latents.shape[:2]) != (4, len(prompts), shape[0]):
+            raise ValueError(
+                f"latents must be ({len(prompts)}, {shape[0]}, h, w), a row for each prompt, "
+                f"got {tuple(latents.shape)}"
+            )
+        shape = tuple(latents.shape[1:])
     stack = ck.KVStack.from_unet(pipe.unet)
     others = [concept for concept in _distinct(concepts) if concept.others]
     if others and any(concept is not others[0] for concept in concepts):

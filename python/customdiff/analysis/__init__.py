@@ -4,11 +4,12 @@
 They import what they need only when they run: help must not wait for torch.
 """
 
-from . import compression, spectrum, steps, weights
+from . import attention, compression, spectrum, steps, weights
 
 KINDS = {
     "weights": weights,
     "spectrum": spectrum,
+    "attention": attention,
     "steps": steps,
     "compression": compression,
 }

@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="guidance scale (default: 1 with --picture, else 3 for the embedded base, else 6)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
-    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to guide away from")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to guide away from")
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     add_base(parser)
 
