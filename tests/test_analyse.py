@@ -18,6 +18,7 @@ from PIL import Image  # noqa: E402
 import customdiff_kernels as ck  # noqa: E402
 import tinysd  # noqa: E402
 from customdiff import base, cli, metrics, sampler  # noqa: E402
+from customdiff.analysis.attention import WordMaps, attention_maps, overlaps  # noqa: E402
 from customdiff.analysis.compression import quality_by_compression  # noqa: E402
 from customdiff.analysis.series import Comparison  # noqa: E402
 from customdiff.analysis.spectrum import spectra  # noqa: E402
@@ -330,6 +331,30 @@ def test_concepts_by_step_refuses_what_has_no_place(root, dog, tmp_path):
         concepts_by_step([root / "dog"])
 
 
+# attention
+
+
+def test_attention_maps_are_of_the_words(pipe, dog):
+    options = {"seeds": [4, 5], "steps": 2, "guidance_scale": 3.0, "progress": False}
+    found = attention_maps(pipe, "photo of a <new1> dog and a cat", dog, **options)
+    assert found.words == ["photo", "of", "a", "<new1>", "dog", "and", "cat"]
+    assert found.maps.shape == (2, 7, 16, 16) and found.maps.min() >= 0
+    assert found.maps.sum(dim=1).max() < 1, "the start and the end of the text have the rest"
+    want = sampler.sample(pipe, ["photo of a <new1> dog and a cat"] * 2, dog, **options)
+    for ours, theirs in zip(found.pictures, want, strict=True):
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
+    chosen = attention_maps(pipe, found.prompt, dog, words=["cat", "a"], **options)
+    assert torch.equal(chosen.maps, found.maps[:, [6, 2]])
+
+
+def test_overlap_is_what_two_maps_have_in_common():
+    one, other = np.eye(4), np.flip(np.eye(4), 0)
+    maps = np.stack([[one, 3 * one, other, one + other], [one, one, one, one]])
+    rows = overlaps(WordMaps("", list("abcd"), [], torch.from_numpy(maps)))
+    got = {row["word"] + row["other"]: row["overlap"] for row in rows}
+    assert got == {"ab": 1, "ac": 0.5, "ad": 0.75, "bc": 0.5, "bd": 0.75, "cd": 0.75}
+
+
 # the command
 
 
@@ -338,6 +363,7 @@ DOG = "{root}/runs/dog-000150.safetensors"
 LINES = {
     "weights": f"weights {DOG}",
     "spectrum": f"spectrum {DOG} --quiet",
+    "attention": f"attention {DOG} --prompt a_<new1>_dog --count 1 --steps 1 --words dog a --quiet",
     "steps": f"steps {{root}}/runs {SAMPLES}",
     "compression": f"compression {DOG} --energies 0.6 --ranks 1 0 {SAMPLES}",
 }
@@ -369,7 +395,7 @@ def test_every_kind_writes_a_plot_and_its_data(kind, run, tmp_path):
     assert not list((tmp_path / "out").rglob("*.partial"))
 
     status, out, err = run(f"{line} --json")
-    if kind in ("weights", "spectrum"):
+    if kind in ("weights", "spectrum", "attention"):
         assert status == 2 and "exists; name another folder, or pass --overwrite" in err
         status, out, err = run(f"{line} --json --overwrite")
     assert status == 0 and json.loads(out) == data
@@ -383,6 +409,8 @@ def test_every_kind_writes_a_plot_and_its_data(kind, run, tmp_path):
         (f"weights {DOG} --output {{root}}/prompts.txt/x", "is no folder to write to"),
         ("spectrum {root}/none", "none' does not exist"),
         ("spectrum {root}/tokens.bin", "holds modifier tokens, not a change"),
+        (f"attention {DOG} --prompt a_dog", "'a_dog' has no modifier token of its concept"),
+        (f"attention {DOG} --prompt <new1> --words dog --quiet", "words: 'dog' is no word of the prompt"),
         (f"steps {{root}}/none {SAMPLES}", "none' holds no concept file"),
         (
             f"steps {{root}}/runs {SAMPLES} --output {{root}}/prompts.txt",

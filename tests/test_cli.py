@@ -88,14 +88,14 @@ def fresh(code, *hidden):
 def test_help_needs_no_torch():
     code = """
 from customdiff.analysis import KINDS
-commands = ["", "train", "sample", "evaluate", "analyse", "merge", "compress", "convert", "inspect"]
+commands = ["", "train", "sample", "edit", "evaluate", "analyse", "merge", "compress", "convert", "inspect"]
 for command in [*commands, *(f"analyse {kind}" for kind in KINDS)]:
     try:
         main([*command.split(), "--help"])
     except SystemExit as done:
         assert done.code == 0
 """
-    assert fresh(code, "torch").count("usage: customdiff") == 9 + len(KINDS)
+    assert fresh(code, "torch").count("usage: customdiff") == 10 + len(KINDS)
 
 
 def test_after_a_plain_install_a_command_names_the_extra_that_it_needs(root):
@@ -215,6 +215,22 @@ def test_merge_renames_a_shared_token_and_keeps_each_concepts_values(root, run, 
         wanted, got = features @ ck.reconstruct(stack, alone.delta).weight.T, features @ merged.T
         assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
         assert (features @ stack.weight.T - wanted).abs().max() > 1e-2 * wanted.abs().max()
+
+
+def test_edit_writes_the_source_and_its_targets(root, run, tmp_path):
+    line = "edit --base {root}/base --steps 2 --count 2 --quiet --source a_dog --concept {root}/a.safetensors"
+    targets = ["--target", "a <new1> dog", "--target", "a red cat"]
+    options = "--cross-steps 1 --word-steps cat=0.5 --self-side 8 --reweight red=2 dog=-1 --blend dog cat"
+    status, out, err = run(line, *targets, *options.split(), "--output", f"{tmp_path}/all", "--seed", "5")
+    assert status == 0, err
+    assert out == f"{tmp_path}/all: 6 pictures\n"
+    names = [f"{name}_seed{seed}.png" for name in ("source", "target0", "target1") for seed in (5, 6)]
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == names
+    status, out, err = run(line, *targets, "--output", f"{tmp_path}/new/sheet.png")
+    assert status == 0 and out == f"{tmp_path}/new/sheet.png\n", err
+    line += " --picture {root}/pictures/0.png"
+    status, out, err = run(line, *targets, "--output", f"{tmp_path}/real")
+    assert status == 0 and out == f"{tmp_path}/real: 3 pictures\n", err
 
 
 def test_merge_keeps_the_captions_part_and_reports_as_json(root, run, tmp_path, monkeypatch):
@@ -354,6 +370,20 @@ assert main("inspect {root}/a.safetensors --plot {tmp_path}/a.png".split()) == 2
             "sample --base {root}/base --concept {root}/a.safetensors --prompt dog --quiet",
             "a.safetensors serves no --prompt: none names its modifier token <new1>",
         ),
+        (
+            "edit --base {root}/base --concept {root}/a.safetensors --source dog --target cat --quiet",
+            "a.safetensors serves no --source or --target: none names its modifier token <new1>",
+        ),
+        ("edit --source dog --target cat --concept {root}/no --quiet", "does not exist"),
+        ("edit --source dog --target cat --picture {root}/captions.txt", "is not a readable picture"),
+        (
+            "edit --base {root}/base --source dog --target cat --quiet --cross-steps 2",
+            "cross_steps must be a share of the steps, from 0 to 1",
+        ),
+        (
+            "edit --base {root}/base --source dog --target cat --quiet --reweight dog=2",
+            "none of the targets has the word 'dog'",
+        ),
         ("sample --base {root}/base --prompt dog --quiet --eta 2", "eta must be from 0 (DDIM) to 1"),
         ("sample --base {root}/base --prompt dog --guidance nan", "guidance_scale must be finite"),
         ("sample --base {root}/base --prompt dog --device gpu", "device 'gpu' is none that PyTorch can use"),
@@ -419,6 +449,10 @@ def test_wrong_usage_is_status_2(line, capsys):
     [
         ("sample --prompt dog --count abc", "--count: must be a whole number of at least 1, got 'abc'"),
         ("sample --prompt dog --steps 0", "--steps: must be a whole number of at least 1, got '0'"),
+        (
+            "edit --source a --target b --reweight snow",
+            "--reweight: must be WORD=NUMBER, as snow=2, got 'snow'",
+        ),
         ("merge a b --output c --ridge abc", "--ridge: must be a number of at least 0, or auto, got 'abc'"),
         ("merge a b --output c --ridge nan", "--ridge: must be a number of at least 0, or auto, got 'nan'"),
     ],

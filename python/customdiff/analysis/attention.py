@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     }
     data = {
         "concept": options.concept,
-        "overlaps": [{"weights": name, **row} for name, found in versions.items() for row in overlaps(found)],
+        "rows": [{"weights": name, **row} for name, found in versions.items() for row in overlaps(found)],
         "maps": {
             name: {
                 "prompt": found.prompt,
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
         },
     }
     plot(figure, versions)
-    table = tabulated(data["overlaps"]) if data["overlaps"] else [["weights", "word", "other", "overlap"]]
+    table = tabulated(data["rows"]) if data["rows"] else [["weights", "word", "other", "overlap"]]
     save(stem, data, table, figure)
     show(options, data, table)
 
