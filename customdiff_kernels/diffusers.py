@@ -202,6 +202,7 @@ def processor_for(name: str, attn: Any) -> CrossAttnProcessor:
 
 
 def attentions(unet: nn.Module) -> dict[str, Any]:
+    """Every ``Attention`` of a diffusers UNet, by its module's name."""
     if not isinstance(unet, nn.Module):
         raise TypeError(
             f"unet must be a UNet2DConditionModel, not {type(unet).__name__} (a pipeline has it as .unet)"

@@ -198,6 +198,17 @@ def test_with_full_replacement_the_targets_maps_are_the_sources(pipe, guidance_s
         assert not torch.equal(p[0], p[-1]), "the unconditional rows are left alone"
 
 
+def test_sdxl(tmp_path):
+    pipe = load_base(str(tiny_pipeline.build_xl(tmp_path)), "cpu")
+    concept, keep = tiny_pipeline.concept(pipe, 0), Keep()
+    prompts = ["a red dog", "a <new1> cat"]
+    got = edit(pipe, *prompts, concept, seed=3, cross_steps=0, self_steps=0, **FAST)
+    assert_close(got, sample(pipe, prompts, [None, concept], seeds=[3, 3], **FAST))
+    with steered(pipe.unet, keep):
+        edit(pipe, *prompts, concept, cross_steps=1, self_steps=1, self_side=16, **FAST)
+    assert all(torch.equal(p[-1], p[-2]) for p in keep.seen.values()) and keep.seen
+
+
 def test_the_unet_is_left_as_it_was(pipe, monkeypatch):
     processors = dict(pipe.unet.attn_processors)
     edit(pipe, "a dog", "a cat", blend=["dog"], **FAST)
@@ -211,7 +222,7 @@ def test_bad_input(pipe):
     concept = tiny_pipeline.concept(pipe, 0)
     for options, message in [
         ({"targets": []}, "targets is empty"),
-        ({"concepts": [concept]}, "concepts has 1 entries for a source and 1 targets"),
+        ({"concepts": [concept]}, "concepts has 1 entries for 2 prompts; give one each"),
         ({"cross_steps": 1.5}, "cross_steps must be a share of the steps, from 0 to 1, got 1.5"),
         ({"self_steps": -1}, "self_steps must be a share"),
         ({"self_steps": math.nan}, "self_steps must be a share"),
@@ -227,6 +238,10 @@ def test_bad_input(pipe):
             edit(**{"pipe": pipe, "source": "a dog", "targets": "a blue cat", **FAST, **options})
     with pytest.raises(TypeError, match="pipe must be a StableDiffusionPipeline, got str"):
         edit("sd", "a dog", "a cat")
+    with pytest.raises(TypeError, match="concepts has an entry of type str"):
+        edit(pipe, "a dog", "a cat", ["dog.safetensors", None])
+    with pytest.raises(TypeError, match="picture must be a PIL image, got str"):
+        edit(pipe, "a dog", "a cat", picture="dog.png")
     with pytest.raises(ValueError, match=r"latents must be \(1, 4, h, w\), a row for each prompt, got"):
         sample(pipe, "a dog", latents=torch.zeros(2, 4, 16, 16), **FAST)
 

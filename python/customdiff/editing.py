@@ -20,7 +20,7 @@ from torch import Tensor
 from .attention import Layer, Recorder, Word, prompt_words, steered, word_positions
 from .concept import Concept, match
 from .data import encode, square, to_tensor, upright_rgb
-from .sampler import check_pipeline, latent_size, sample
+from .sampler import check_pipeline, latent_size, one_each, sample
 
 BLEND_THRESHOLD = 0.3  # of the largest attention; this and the next as in the published code
 BLEND_FROM = 0.2  # of the steps: before, the attention is too vague for a mask
@@ -74,11 +74,7 @@ def edit(
     if len(prompts) == 1:
         raise ValueError("targets is empty; give at least one prompt")
     concepts = match(prompts, [concepts]) if isinstance(concepts, Concept) else concepts
-    concepts = [None] * len(prompts) if concepts is None else list(concepts)
-    if len(concepts) != len(prompts):
-        raise ValueError(
-            f"concepts has {len(concepts)} entries for a source and {len(prompts) - 1} targets; give one each"
-        )
+    concepts = one_each("concepts", concepts, len(prompts), (Concept, type(None)))
     if picture is not None and size is not None:
         raise ValueError("size must be left out with picture, which takes the base model's size")
     words = [
@@ -249,6 +245,8 @@ def invert(
     """
     from diffusers import DDIMInverseScheduler
 
+    if not isinstance(picture, Image.Image):
+        raise TypeError(f"picture must be a PIL image, got {type(picture).__name__}")
     side = min(latent_size(pipe, None)) * pipe.vae_scale_factor
     mean = encode(pipe.vae, to_tensor([square(upright_rgb(picture), side)])).mean
     config = pipe.vae.config

@@ -66,9 +66,9 @@ def sample(
     """
     check_pipeline(pipe)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    concepts = _one_each("concepts", concepts, len(prompts), (Concept, type(None)))
+    concepts = one_each("concepts", concepts, len(prompts), (Concept, type(None)))
     seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else seeds
-    seeds = _one_each("seeds", seeds, len(prompts), int)
+    seeds = one_each("seeds", seeds, len(prompts), int)
     if not prompts:
         raise ValueError("prompts is empty; give at least one")
     if output not in ("pil", "tensor", "latents"):
@@ -228,6 +228,7 @@ def _ddim(scheduler: Any) -> Any:
 
 
 def check_pipeline(pipe: Any) -> None:
+    """TypeError unless ``pipe`` has the parts of a StableDiffusionPipeline."""
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not hasattr(pipe, part):
             raise TypeError(
@@ -257,7 +258,8 @@ def _distinct(concepts: Sequence[Concept | None]) -> list[Concept]:
     return list({id(concept): concept for concept in concepts if concept is not None}.values())
 
 
-def _one_each(name: str, given: Any, count: int, kind: Any) -> list:
+def one_each(name: str, given: Any, count: int, kind: Any) -> list:
+    """``given`` as a list of ``count`` entries of type ``kind``, repeated where it is one of these itself."""
     given = [given] * count if isinstance(given, kind) else list(given)
     if len(given) != count:
         raise ValueError(
