@@ -83,14 +83,14 @@ class Comparison:
 
         Raises ValueError, before anything is written, for bad input and for folders of another configuration.
         """
+        from ..concept import without_words
         from ..data import picture_paths
         from ..evaluation import check, evaluate
-        from ..metrics import without_modifiers
         from ..prompts import fill
 
         words = list(dict.fromkeys(word for c in versions.values() if c for word in c.modifier_tokens))
         prompts = fill(self.prompts, words, self.categories)
-        plain = [without_modifiers(prompt, words) for prompt in prompts]
+        plain = [without_words(prompt, words) for prompt in prompts]
         if "" in plain:
             prompt = prompts[plain.index("")]
             raise ValueError(f"prompt {prompt!r} has nothing to compare beside its modifier token; add words")
