@@ -32,7 +32,6 @@ VARIABLE = "CUSTOMDIFF_DIFFUSERS_SCRIPT"
 COMMIT = "c56add8081be60b7e8794e011f1790d0e37aeced"  # of github.com/huggingface/diffusers
 PATH = "examples/custom_diffusion/train_custom_diffusion.py"
 SHA256 = "b9e4a85acdeefe7a3fc54cfbe86692c7e7ff6ee8e489c823ea75cd62b026db8b"
-REPOSITORIES = ("diffusers", ".mirror/huggingface+diffusers/repo")  # of clones, in a folder above this one
 MISSING = f"no {PATH}: set {VARIABLE} to it, or clone huggingface/diffusers beside this repository"
 
 
@@ -52,11 +51,10 @@ def find(folder: Path) -> Path | None:
 
 def _from_a_clone() -> bytes | None:
     for above in Path(__file__).resolve().parents:
-        for name in REPOSITORIES:
-            if (above / name).is_dir():
-                command = ["git", "-C", str(above / name), "show", f"{COMMIT}:{PATH}"]
-                if not (shown := subprocess.run(command, capture_output=True)).returncode:
-                    return shown.stdout
+        if (above / "diffusers").is_dir():
+            command = ["git", "-C", str(above / "diffusers"), "show", f"{COMMIT}:{PATH}"]
+            if not (shown := subprocess.run(command, capture_output=True)).returncode:
+                return shown.stdout
     return None
 
 
