@@ -26,7 +26,7 @@ from .base import embedded_captions, load_base, silence
 from .concept import Concept
 from .config import TrainConfig
 from .data import read_pictures
-from .embedded_world import write_concept, write_regularization
+from .embedded_world import GUIDANCE_SCALE, write_concept, write_regularization
 from .merging import merge
 from .metrics import Clip
 from .sampler import sample
@@ -36,7 +36,6 @@ from .trainer import train
 CONCEPTS = {"<new1>": "teal_dog", "<new2>": "lilac_cat"}
 INITIALIZERS = {"<new1>": "ktn", "<new2>": "pll"}
 PLACES = ("on the grass", "on the beach", "in the snow", "in the room")
-GUIDANCE_SCALE = 4.0
 SHARE_OF_BYTES = 0.2
 LEGEND = """
 image, text: CLIP alignment with the concept's pictures, with the prompt. gap: share of the way from the

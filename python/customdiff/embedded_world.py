@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from tinysd import world
+
+GUIDANCE_SCALE = 4.0  # with which concepts of it are drawn
 
 
 def write_concept(folder: Path, name: str, count: int, seed: int) -> Path:
@@ -22,19 +23,14 @@ def write_concept(folder: Path, name: str, count: int, seed: int) -> Path:
 
 def write_regularization(folder: Path, count: int, seed: int) -> Path:
     """`count` real pictures of random subjects, with their captions."""
-    rng = np.random.default_rng(seed)
-    scenes = (world.sample(rng) for _ in range(count))
-    return write_captioned(folder, ((Image.fromarray(world.render(s)[0]), text) for s, text in scenes))
-
-
-def write_captioned(folder: Path, captioned: Iterable[tuple[Image.Image, str]]) -> Path:
-    """Pictures and captions.csv, as the trainer reads its regularization set."""
     without_pictures(folder)
+    rng = np.random.default_rng(seed)
     with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["file", "caption"])
-        for i, (picture, caption) in enumerate(captioned):
-            picture.save(folder / f"{i:04}.png")
+        for i in range(count):
+            scene, caption = world.sample(rng)
+            Image.fromarray(world.render(scene)[0]).save(folder / f"{i:04}.png")
             table.writerow([f"{i:04}.png", caption])
     return folder
 

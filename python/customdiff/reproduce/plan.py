@@ -31,6 +31,7 @@ class Effort:
     held_out: int = 24  # true pictures of it, by which the detector knows it
     regularization: int = 200  # real pictures, of random subjects
     generated: int = 64  # pictures of a category by the base, where they regularize
+    generated_steps: int = 20  # denoising steps of each
     steps: int = 160
     samples: int = 3  # a prompt of one concept
     samples_together: int = 4  # a prompt of two
@@ -50,6 +51,7 @@ QUICK = Effort(
     held_out=2,
     regularization=4,
     generated=2,
+    generated_steps=1,
     steps=2,
     samples=1,
     samples_together=1,
@@ -74,7 +76,7 @@ class Method:
     category: bool = True  # whether prompts name it after V*
 
 
-OURS = {"resize": 0.5, "cooldown": 0.3, "batch_size": 4}
+OURS = {"resize": 0.3, "size_words": "before", "cooldown": 0.3, "batch_size": 4}
 METHODS = {
     "textual-inversion": Method(
         "Textual Inversion",
@@ -196,9 +198,9 @@ class Plan:
                 settings = {
                     "category": category,
                     "count": effort.generated,
-                    "denoising": effort.denoising,
+                    "denoising": effort.generated_steps,
                 }
-                cost = _sampling(effort, effort.generated)
+                cost = 2 + effort.generated * effort.generated_steps * 0.031
                 job = self.add(f"generated-{category}", "generated", settings, cost=cost)
                 self.generated[category] = job
 

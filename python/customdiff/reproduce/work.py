@@ -24,9 +24,10 @@ from tinysd.presence import Presence
 from .. import base
 from ..base import embedded_captions
 from ..concept import Concept
-from ..config import TrainConfig
+from ..config import ConceptConfig, TrainConfig
 from ..data import read_pictures, replacing
-from ..embedded_world import write_captioned, write_concept, write_regularization
+from ..embedded_world import GUIDANCE_SCALE, write_concept, write_regularization
+from ..generated import generate
 from ..merging import merge as merge_concepts
 from ..metrics import Clip, alignment, kid
 from ..sampler import sample
@@ -35,7 +36,6 @@ from .files import path_of, result_of
 from .plan import Job
 from .scenes import ALONE, TOGETHER, validation
 
-GUIDANCE_SCALE = 4.0
 BATCH = 8
 VALIDATION_SEED = 7  # of real pictures that nothing is trained on
 Result = dict[str, Any]
@@ -66,10 +66,9 @@ def _pictures(job: Job, out: Path) -> Result:
 
 def _generated(job: Job, out: Path) -> Result:
     """The base's own pictures of a category, as DreamBooth regularizes with."""
-    started = time.perf_counter()
-    prompts = [f"photo of a {job.settings['category']}"] * job.settings["count"]
-    pictures = _draw(prompts, None, job.settings["denoising"], seed=0)
-    write_captioned(path_of(job, out), zip(pictures, prompts, strict=True))
+    started, prompt = time.perf_counter(), f"photo of a {job.settings['category']}"
+    count, steps = job.settings["count"], job.settings["denoising"]
+    generate(load_base(), prompt, count, path_of(job, out), steps, progress=False)
     return {"seconds": time.perf_counter() - started}
 
 
@@ -129,8 +128,6 @@ def training_config(job: Job, out: Path, output: Path) -> TrainConfig:
     ]
     if len(each) == 1:
         return TrainConfig(**each[0], **options, output=str(output), overwrite=True)
-    from ..config import ConceptConfig
-
     concepts = tuple(ConceptConfig(**one) for one in each)
     return TrainConfig(concepts=concepts, **options, output=str(output), overwrite=True)
 
