@@ -81,6 +81,7 @@ def test_a_claim_holds_by_its_direction_and_tells_its_noise():
     figures = made_up(ours={"image": [0.5, 0.6, 0.5, 0.6]}, dreambooth={"image": [0.4, 0.5, 0.4, 0.5]})
     held, figure, clear = claims.higher("image", "ours", "dreambooth")(figures)
     assert held and clear and figure.startswith("+0.100 ± 0.000 (0.550 against 0.450)")
+    assert claims._number(-1234.5, 0) == "−1,234"
     held, figure, _ = claims.higher("image", "dreambooth", "ours")(figures)
     assert not held and figure.startswith("−0.100")
     assert claims.lower("image", "dreambooth", "ours")(figures)[0]

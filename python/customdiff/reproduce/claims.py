@@ -74,7 +74,7 @@ def nearer(metric: str, a: str, b: str, to: str, group: str = "single") -> Check
         first, second = (figures.difference(group, metric, name, to) for name in (a, b))
         if first is None or second is None:
             return None
-        figure = f"{_number(first.mean)} against {_number(second.mean)}"
+        figure = f"{_number(first.mean, 3)} against {_number(second.mean, 3)}"
         return abs(first.mean) < abs(second.mean), figure, None
 
     return check
@@ -85,7 +85,7 @@ def at_least(metric: str, method: str, bar: float, group: str = "single") -> Che
 
     def check(figures: Figures) -> Verdict | None:
         mean = figures.mean(group, method, metric)
-        return None if mean is None else (mean >= bar, f"{mean:.0%}", None)
+        return None if mean is None else (mean >= bar, f"{mean:.0%}".replace("-", "−"), None)
 
     return check
 
@@ -97,19 +97,29 @@ def times(metric: str, a: str, b: str, bar: float, group: str = "single") -> Che
         first, second = figures.mean(group, a, metric), figures.mean(group, b, metric)
         if first is None or not second:
             return None
-        figure = f"{first / second:.2f}×: {_number(first)} against {_number(second)}"
+        sides = " against ".join(_number(side, _digits(first, second)) for side in (first, second))
+        figure = f"{first / second:.2f}×: {sides}"
         return first / second >= bar, figure, None
 
     return check
 
 
 def _difference(found: Difference) -> str:
-    signed = ("+" if found.mean >= 0 else "−") + _number(abs(found.mean))
-    return f"{signed} ± {_number(found.error)} ({_number(found.a)} against {_number(found.b)})"
+    parts = [found.mean, *([] if found.error is None else [found.error]), found.a, found.b]
+    digits = _digits(found.a, found.b)
+    mean, *error, a, b = (_number(part, digits) for part in parts)
+    signed = mean if found.mean < 0 else f"+{mean}"
+    return f"{' ± '.join([signed, *error])} ({a} against {b})"
 
 
-def _number(value: float) -> str:
-    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}").replace("-", "−")
+def _digits(*values: float) -> int:
+    """Decimals that tell the values apart."""
+    largest = max(map(abs, values))
+    return 0 if largest >= 1000 else 1 if largest >= 10 else 3
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}".replace("-", "−")
 
 
 TI, DB, ALL, OURS = "textual-inversion", "dreambooth", "fine-tune-all", "ours"

@@ -16,17 +16,19 @@ MADE = ("train", "compress", "merge", "together")
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of a - b over their common cells, and its standard error; `a` and `b` are the means."""
+    """The mean of a - b over their common cells, and its standard error, None of a single cell; `a` and `b`
+    are the means.
+    """
 
     mean: float
-    error: float
+    error: float | None
     a: float
     b: float
 
     @property
-    def clear(self) -> bool:
-        """Whether it is larger than twice its standard error."""
-        return abs(self.mean) > 2 * self.error
+    def clear(self) -> bool | None:
+        """Whether it is larger than twice its standard error; None where that is not known."""
+        return None if self.error is None else abs(self.mean) > 2 * self.error
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Figures:
         if not common:
             return None
         deltas = [first[cell] - second[cell] for cell in common]
-        error = statistics.stdev(deltas) / len(deltas) ** 0.5 if len(deltas) > 1 else 0.0
+        error = statistics.stdev(deltas) / len(deltas) ** 0.5 if len(deltas) > 1 else None
         means = (statistics.fmean(side[cell] for cell in common) for side in (first, second))
         return Difference(statistics.fmean(deltas), error, *means)
 

@@ -15,6 +15,10 @@ from typing import Any
 
 from tinysd import world
 
+from .scenes import ALONE, TOGETHER
+
+# Seconds of a core, for the time left: a picture's denoising step, its training step, that of all weights.
+SAMPLING, TRAINING, WHOLE = 0.031, 0.039, 0.065
 WORDS = {
     "<new1>": "ktn",
     "<new2>": "pll",
@@ -32,13 +36,13 @@ class Effort:
     regularization: int = 200  # real pictures, of random subjects
     generated: int = 64  # pictures of a category by the base, where they regularize
     generated_steps: int = 20  # denoising steps of each
-    steps: int = 160
+    steps: int = 150
     samples: int = 3  # a prompt of one concept
     samples_together: int = 4  # a prompt of two
-    validation: int = 48  # samples of a category without V*, for KID
-    unrelated: int = 24  # samples of captions of anything, for KID
+    validation: int = 40  # samples of a category without V*, for KID
+    unrelated: int = 16  # samples of captions of anything, for KID
     reference: int = 400  # real pictures to compare either with
-    denoising: int = 12
+    denoising: int = 10
     captions: int = 1000  # of the merge
     timed_steps: int = 8
     timed_rounds: int = 5
@@ -76,7 +80,7 @@ class Method:
     category: bool = True  # whether prompts name it after V*
 
 
-OURS = {"resize": 0.3, "size_words": "before", "cooldown": 0.3, "batch_size": 4}
+OURS = {"resize": 0.2, "size_words": "before", "cooldown": 0.3, "batch_size": 4}
 METHODS = {
     "textual-inversion": Method(
         "Textual Inversion",
@@ -109,6 +113,8 @@ LEVELS: dict[str, dict[str, float]] = {
     "rank 0": {"rank": 0},
     "5× smaller": {"share": 0.2},
 }
+UNRELATED = ("base", "dreambooth", "fine-tune-all", "ours")
+VALIDATED = (*UNRELATED, "no-augmentation", "no-regularization", "generated")
 TIMED = ("ours", "fine-tune-all", "dreambooth", "textual-inversion")
 
 
@@ -200,7 +206,7 @@ class Plan:
                     "count": effort.generated,
                     "denoising": effort.generated_steps,
                 }
-                cost = 2 + effort.generated * effort.generated_steps * 0.031
+                cost = 2 + _sampling(effort.generated, effort.generated_steps)
                 job = self.add(f"generated-{category}", "generated", settings, cost=cost)
                 self.generated[category] = job
 
@@ -228,8 +234,8 @@ class Plan:
 
     def _single(self, concept: str, seed: int) -> None:
         pictures = self.pictures[concept, seed]
-        self._score("true", "true", (concept,), seed)
-        self._score("base", "score", (concept,), seed)
+        self._score("true", (concept,), seed)
+        self._score("base", (concept,), seed)
         for name, method in METHODS.items():
             settings = self._training(name, concept, seed)
             needs = [pictures]
@@ -239,17 +245,16 @@ class Plan:
             cost = _training(settings["options"], len(needs) > 1)
             job = self.add(f"train-{name}-{concept}-{seed}", "train", settings, needs, cost)
             self.trained[name, concept, seed] = job
-            # Textual Inversion leaves the base as it is, and KID with it
-            self._score(name, "score", (concept,), seed, job, kid=method.options.get("weights") != "none")
+            self._score(name, (concept,), seed, job)
         for level, limits in LEVELS.items():
             ours = self.trained["ours", concept, seed]
             job = self.add(f"compress-{slug(level)}-{concept}-{seed}", "compress", limits, [ours])
-            self._score(level, "score", (concept,), seed, job, kid=False)
+            self._score(level, (concept,), seed, job)
 
     def _pair(self, pair: tuple[str, str], seed: int) -> None:
         name, second = f"{pair[0]}+{pair[1]}-{seed}", pair[1]
-        self._score("true", "true", pair, seed)
-        self._score("base", "score", pair, seed)
+        self._score("true", pair, seed)
+        self._score("base", pair, seed)
         alone = [self.trained["ours", concept, seed] for concept in pair]
         words = [self.trained["textual-inversion", concept, seed] for concept in pair]
         pictures = [self.pictures[concept, seed] for concept in pair]
@@ -272,50 +277,40 @@ class Plan:
         together = self.add(f"together-{name}", "together", {}, words, 1)
         made = {"textual-inversion": together, "sequential": sequential, "merged": merged, "joint": joint}
         for method, job in made.items():
-            self._score(method, "score", pair, seed, job)
+            self._score(method, pair, seed, job)
 
-    def _score(
-        self,
-        method: str,
-        kind: str,
-        cell: Sequence[str],
-        seed: int,
-        trained: Job | None = None,
-        kid: bool = True,
-    ) -> None:
-        """`trained`: the job whose concept draws, None for the base."""
-        effort, single = self.effort, len(cell) == 1
-        category = METHODS[method].category if method in METHODS else True
-        names = [noun for c in cell for noun in categories(c)]
+    def _score(self, method: str, cell: Sequence[str], seed: int, trained: Job | None = None) -> None:
+        """`trained`: the job whose concept draws; None for the base, and for true pictures."""
+        effort, kind = self.effort, "true" if method == "true" else "score"
+        nouns = [noun for concept in cell for noun in categories(concept)]
         if trained is not None:
             words = [self.concepts[concept] for concept in cell]
-            names = [f"{w} {n}" if category else w for w, n in zip(words, names, strict=True)]
-        settings: dict[str, Any] = {
-            "method": method,
-            "concepts": list(cell),
-            "seed": seed,
-            "nouns": names,
+            alone = method in METHODS and not METHODS[method].category
+            nouns = words if alone else [f"{w} {noun}" for w, noun in zip(words, nouns, strict=True)]
+        single = len(cell) == 1
+        counts = {
             "samples": effort.samples if single else effort.samples_together,
+            "validation": effort.validation if single and method in VALIDATED else 0,
+            "unrelated": effort.unrelated if single and method in UNRELATED else 0,
         }
-        count = settings["samples"] * (8 if single else 5)
+        settings = {"method": method, "concepts": list(cell), "seed": seed, "nouns": nouns, **counts}
+        cost = 2.0
         if kind == "score":
             settings["denoising"] = effort.denoising
-            settings["validation"] = effort.validation if single and kid else 0
-            settings["unrelated"] = effort.unrelated if single and kid else 0
-            count += settings["validation"] + settings["unrelated"]
+            drawn = counts["samples"] * len(ALONE if single else TOGETHER)
+            cost += _sampling(drawn + counts["validation"] + counts["unrelated"], effort.denoising)
         needs = [self.pictures[concept, seed] for concept in cell]
         needs += [self.references[concept] for concept in cell] + ([trained] if trained else [])
-        cost = _sampling(effort, count) if kind == "score" else 2.0
         self.add(f"score-{slug(method)}-{'+'.join(cell)}-{seed}", kind, settings, needs, cost)
 
 
-def _sampling(effort: Effort, pictures: int) -> float:
-    return 2 + pictures * effort.denoising * 0.031
+def _sampling(pictures: int, steps: int) -> float:
+    return pictures * steps * SAMPLING
 
 
 def _training(options: Mapping[str, Any], regularized: bool) -> float:
     rows = options["batch_size"] * (2 if regularized else 1)
-    return 4 + options["steps"] * rows * (0.056 if options.get("weights") == "unet" else 0.039)
+    return 4 + options["steps"] * rows * (WHOLE if options.get("weights") == "unet" else TRAINING)
 
 
 def selected(jobs: Sequence[Job], pattern: str) -> list[Job]:
