@@ -19,10 +19,7 @@ from .scenes import ALONE, TOGETHER
 
 # Seconds of a core, for the time left: a picture's denoising step, its training step, that of all weights.
 SAMPLING, TRAINING, WHOLE = 0.031, 0.039, 0.065
-WORDS = {
-    "<new1>": "ktn",
-    "<new2>": "pll",
-}  # V* of a pair's first and second, and the rare word that it starts from
+WORDS = {"<new1>": "ktn", "<new2>": "pll"}  # V* of a pair's concepts, and the rare words that they start from
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,18 @@ class Method:
     category: bool = True  # whether prompts name it after V*
 
 
-OURS = {"resize": 0.2, "size_words": "before", "cooldown": 0.3, "batch_size": 4}
+OURS = {
+    "learning_rate": 1e-3,
+    "embedding_learning_rate": 1.5e-2,
+    "cooldown": 0.3,
+    "batch_size": 4,
+    "resize": 0.2,
+    "size_words": "before",  # as the embedded base's captions have them
+}
 METHODS = {
     "textual-inversion": Method(
         "Textual Inversion",
-        {"weights": "none", "resize": 0.0, "learning_rate": 1e-3, "embedding_learning_rate": 5e-2},
+        {"weights": "none", "resize": 0.0, "embedding_learning_rate": 5e-2},
         steps=2,
         regularization=None,
         category=False,

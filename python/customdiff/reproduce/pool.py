@@ -46,21 +46,21 @@ def run_all(jobs: Sequence[Job], out: Path, workers: int, say: Say = print) -> d
                 if lost := [other.name for other in job.needs if other.name in failures]:
                     failures[job.name] = f"needs {lost[0]}"
                     waiting.remove(job)
-            while job := _next(waiting, [j for j, _ in running.values()], unfinished, workers):
-                waiting.remove(job)
-                process = context.Process(target=_child, args=(job, out, workers), name=job.name)
-                process.start()
-                running[process] = (job, time.perf_counter())
-            ready = wait([process.sentinel for process in running])
-            for process in [process for process in running if process.sentinel in ready]:
+            while ready := _next(waiting, [job for job, _ in running.values()], unfinished, workers):
+                waiting.remove(ready)
+                started = context.Process(target=_child, args=(ready, out, workers), name=ready.name)
+                started.start()
+                running[started] = (ready, time.perf_counter())
+            ended = wait([process.sentinel for process in running])
+            for process in [process for process in running if process.sentinel in ended]:
                 process.join()
-                job, started = running.pop(process)
+                job, since = running.pop(process)
                 if result_of(job, out) is None:
                     failures[job.name] = _last_line(job, out, process.exitcode)
                     say(f"FAILED {job.name}: {failures[job.name]}; see {log_of(job, out)}")
                 else:
                     unfinished.remove(job.name)
-                progress.ended(job, time.perf_counter() - started)
+                progress.ended(job, time.perf_counter() - since)
     finally:
         for process in running:
             process.terminate()

@@ -253,7 +253,8 @@ def _timing(job: Job, out: Path) -> Result:
 
 
 def _draw(prompts: Sequence[str], concept: Concept | None, denoising: int, seed: int) -> list[Image.Image]:
-    base, pictures = load_base(), []
+    base = load_base()
+    pictures: list[Image.Image] = []
     for start in range(0, len(prompts), BATCH):
         chunk = list(prompts[start : start + BATCH])
         pictures += sample(
