@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 import tinysd  # noqa: E402
-from customdiff import demo  # noqa: E402
+from customdiff import demo, embedded_world  # noqa: E402
 from customdiff.data import read_captioned, read_pictures  # noqa: E402
 from customdiff.metrics import Clip, without_words  # noqa: E402
 from tinysd import world  # noqa: E402
@@ -66,16 +66,16 @@ def test_the_gap_runs_from_the_base_to_true_pictures():
     assert true.split()[2] == "100%" and len({len(line) for line in (header, base, trained, true)}) == 1
 
 
-def test_a_smaller_run_into_the_same_folder_leaves_no_pictures_of_the_larger(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "load_base", lambda: None)
+def test_a_smaller_run_into_the_same_folder_leaves_no_pictures_of_the_larger(tmp_path):
     for count in (4, 2):
-        run = demo.Demo(tmp_path, demo.Effort(pictures=count, regularization=count))
-        run.write_pictures("<new1>")
-        pictures, captions = read_captioned(run.write_regularization())
+        folder = embedded_world.write_concept(tmp_path / "teal_dog", "teal_dog", count, seed=0)
+        assert len(read_pictures(folder)) == count
+        pictures, captions = read_captioned(
+            embedded_world.write_regularization(tmp_path / "regularization", count, seed=0)
+        )
         assert len(pictures) == len(captions) == count
-        assert len(read_pictures(run.folder("<new1>"))) == count
     (tmp_path / "mine.png").write_bytes(b"")
-    demo._without_pictures(tmp_path)
+    embedded_world.without_pictures(tmp_path)
     assert (tmp_path / "mine.png").exists(), "only what a run numbered is its own to remove"
 
 

@@ -1,13 +1,12 @@
 """``make demo``: two concepts learned from picture files, then sampled, compressed and merged, with figures.
 
-The only module that knows the embedded base's world. It draws the concepts' pictures, the real pictures of
-other subjects that regularize, and held-out pictures of the concepts, which set the ceiling of every figure.
+It draws the concepts' pictures, the real pictures of other subjects that regularize, and held-out pictures of
+the concepts, which set the ceiling of every figure.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from .base import embedded_captions, load_base, silence
 from .concept import Concept
 from .config import TrainConfig
 from .data import read_pictures
+from .embedded_world import GUIDANCE_SCALE, write_concept, write_regularization
 from .merging import merge
 from .metrics import Clip
 from .sampler import sample
@@ -36,7 +36,6 @@ from .trainer import train
 CONCEPTS = {"<new1>": "teal_dog", "<new2>": "lilac_cat"}
 INITIALIZERS = {"<new1>": "ktn", "<new2>": "pll"}
 PLACES = ("on the grass", "on the beach", "in the snow", "in the room")
-GUIDANCE_SCALE = 4.0
 SHARE_OF_BYTES = 0.2
 LEGEND = """
 image, text: CLIP alignment with the concept's pictures, with the prompt. gap: share of the way from the
@@ -98,10 +97,11 @@ class Demo:
 
     def run(self) -> list[Row]:
         """All steps, the contact sheet and demo.json; returns the rows of the table."""
-        regularization = self.write_regularization()
+        count = self.effort.regularization
+        regularization = write_regularization(self.out / "regularization", count, self.seed)
         learned, small, trained = {}, {}, 0.0
         for word in CONCEPTS:
-            self.write_pictures(word)
+            write_concept(self.folder(word), CONCEPTS[word], self.effort.pictures, self.seed)
             self.say(f"learning {CONCEPTS[word]} from {self.effort.pictures} pictures in {self.folder(word)}")
             result = train(self.config(word, regularization), self.pipeline)
             learned[word], trained = result.concept, trained + result.seconds
@@ -133,26 +133,6 @@ class Demo:
 
     def size(self, kind: str) -> int:
         return sum(self.file(kind, word).stat().st_size for word in CONCEPTS)
-
-    def write_pictures(self, word: str) -> None:
-        """The few pictures that a user would have."""
-        folder = _without_pictures(self.folder(word))
-        made = world.concept_pictures(CONCEPTS[word], self.effort.pictures, self.seed)
-        for i, (picture, _) in enumerate(made):
-            picture.save(folder / f"{i}.png")
-
-    def write_regularization(self) -> Path:
-        """Real pictures of random subjects, with their captions."""
-        folder = _without_pictures(self.out / "regularization")
-        rng = np.random.default_rng(self.seed)
-        with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["file", "caption"])
-            for i in range(self.effort.regularization):
-                scene, caption = world.sample(rng)
-                Image.fromarray(world.render(scene)[0]).save(folder / f"{i:04}.png")
-                table.writerow([f"{i:04}.png", caption])
-        return folder
 
     # the four operations
 
@@ -284,15 +264,6 @@ class Demo:
                 )
         rows.append(("merged: both in one picture", stages[-2].pairs[:8]))
         contact_sheet(rows, side=96).save(self.out / "contact_sheet.png")
-
-
-def _without_pictures(folder: Path) -> Path:
-    """`folder`, made if need be, without the numbered pictures of an earlier run."""
-    folder.mkdir(exist_ok=True)
-    for path in folder.glob("*.png"):
-        if path.stem.isdecimal():
-            path.unlink()
-    return folder
 
 
 def table(rows: Sequence[Row]) -> str:

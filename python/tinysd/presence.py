@@ -25,16 +25,22 @@ class Presence:
 
     The distance between two sets of colours is their maximum mean discrepancy with a Gaussian kernel (Gretton
     et al., 2012): it sees every colour and its share, and nothing of where it is.
+
+    limit: the largest distance that passes, where an earlier one of the same arguments found it already.
     """
 
-    def __init__(self, subject: world.Subject, true_pictures: Sequence[Image.Image]):
+    def __init__(
+        self, subject: world.Subject, true_pictures: Sequence[Image.Image], limit: float | None = None
+    ):
         self.category = 1 + world.CATEGORIES.index(subject.category)
         shown = [colours for colours in self._colours(true_pictures) if colours is not None]
         if not shown:
             raise ValueError(f"true_pictures: the detector finds no {subject.category} in any of them")
         self.true = np.concatenate([colours[:: len(shown)] for colours in shown])
         self.spread = _kernel(self.true, self.true)
-        self.limit = float(np.quantile(self.distances(_others(subject.category)), FALSE_ALARMS))
+        if limit is None:
+            limit = float(np.quantile(self.distances(_others(subject.category)), FALSE_ALARMS))
+        self.limit = limit
 
     def __call__(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """(n,) bool."""

@@ -1,0 +1,1 @@
+"""``python -m customdiff.reproduce``: the tables of Custom Diffusion, on the embedded base."""
