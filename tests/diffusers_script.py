@@ -32,6 +32,8 @@ VARIABLE = "CUSTOMDIFF_DIFFUSERS_SCRIPT"
 COMMIT = "c56add8081be60b7e8794e011f1790d0e37aeced"  # of github.com/huggingface/diffusers
 PATH = "examples/custom_diffusion/train_custom_diffusion.py"
 SHA256 = "b9e4a85acdeefe7a3fc54cfbe86692c7e7ff6ee8e489c823ea75cd62b026db8b"
+BEFORE = "    unet.set_attn_processor(custom_diffusion_attn_procs)\n"
+LINE = "    import customdiff_kernels as ck; print('patched', len(ck.patch_unet(unet)))\n"
 MISSING = f"no {PATH}: set {VARIABLE} to it, or clone huggingface/diffusers beside this repository"
 
 
@@ -65,6 +67,14 @@ def _from_github() -> bytes | None:
             return answer.read()
     except OSError:  # no network
         return None
+
+
+def with_our_line(script: Path, path: Path) -> Path:
+    """A copy of the script at `path` that calls ``patch_unet``, and is the same else."""
+    source = script.read_text()
+    assert source.count(BEFORE) == 1
+    path.write_text(source.replace(BEFORE, BEFORE + LINE))
+    return path
 
 
 def write_pictures(root: Path, concept: int = 6, regularization: int = 12) -> None:

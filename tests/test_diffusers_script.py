@@ -20,8 +20,6 @@ from customdiff.config import TrainConfig  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-BEFORE = "    unet.set_attn_processor(custom_diffusion_attn_procs)\n"
-LINE = "    import customdiff_kernels as ck; print('patched', len(ck.patch_unet(unet)))\n"
 STEPS, LAYERS = 4, 10
 PROMPT = "photo of a <new1> dog on the grass"
 
@@ -39,10 +37,7 @@ def trained(root):
     plain = diffusers_script.find(root)
     if plain is None:
         pytest.skip(diffusers_script.MISSING)
-    source = plain.read_text()
-    assert source.count(BEFORE) == 1
-    patched = root / "patched.py"
-    patched.write_text(source.replace(BEFORE, BEFORE + LINE))
+    patched = diffusers_script.with_our_line(plain, root / "patched.py")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     packages = [Path(module.__file__).parents[1] for module in (ck, tinysd)]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, packages))
