@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from .. import options as training_options
 
@@ -16,7 +17,8 @@ EXAMPLES = """examples:
   customdiff train --images moongates/ --category moongate --modifier-token none --regularization generated
   customdiff train --images prints/ --category art --style --validation-prompts "a <new1> art dog"
   customdiff train --config run.yaml --resume
-  accelerate launch --num_processes 2 -m customdiff train --config run.yaml
+  accelerate launch --num_processes 2 -m customdiff train --config run.yaml   # one process a GPU
+  torchrun --nproc-per-node 2 -m customdiff train --config run.yaml           # also on CPUs
 """
 
 
@@ -29,5 +31,7 @@ def run(options: argparse.Namespace) -> None:
     from ..trainer import train
 
     result = train(training_options.from_arguments(options), progress=not options.quiet)
+    if int(os.environ.get("RANK", 0)):
+        return  # the first process says it for all
     size = result.output.stat().st_size
     print(f"{result.output}: {size:,} bytes, {result.seconds:.0f} s, {result.images_per_second:.1f} images/s")
