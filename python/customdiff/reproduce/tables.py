@@ -77,7 +77,7 @@ TABLES = (
     Table(
         "Table 3: augmentation and regularization",
         "single",
-        ("ours", "no-augmentation", "no-regularization", "generated"),
+        ("ours", "resized", "no-regularization", "generated"),
         QUALITY,
     ),
     Table(
