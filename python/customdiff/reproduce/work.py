@@ -33,7 +33,7 @@ from ..metrics import Clip, alignment, kid
 from ..sampler import sample
 from ..trainer import train as train_concept
 from .files import path_of, result_of
-from .plan import Job
+from .plan import METHODS, Job
 from .scenes import ALONE, TOGETHER, validation
 
 BATCH = 8
@@ -243,7 +243,13 @@ def _timing(job: Job, out: Path) -> Result:
     for round_ in range(1 + job.settings["rounds"]):
         for name, settings in job.settings["methods"].items():
             settings = {**settings, "options": {**settings["options"], "steps": steps}}
-            config = training_config(dataclasses.replace(job, settings=settings), out, output)
+            needs = [
+                other
+                for other in job.needs
+                if other.kind == "pictures" or METHODS[name].regularization is not None
+            ]
+            timed = dataclasses.replace(job, settings=settings, needs=tuple(needs))
+            config = training_config(timed, out, output)
             result = train_concept(config, base, progress=False)
             images = config.batch_size * (1 if config.regularization is None else 2)
             if round_:
