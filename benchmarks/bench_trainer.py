@@ -19,14 +19,12 @@ import pytest
 import torch
 from bench_kv_block import processors, trained, with_processors
 
-import customdiff_kernels as ck
-
 pytest.importorskip("diffusers")
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import diffusers_script  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
-from customdiff import training  # noqa: E402
+from customdiff import attention, training  # noqa: E402
 from customdiff.base import load_base  # noqa: E402
 from customdiff.config import TrainConfig  # noqa: E402
 from customdiff.views import Pictures  # noqa: E402
@@ -83,7 +81,7 @@ def ours(root: Path, batch: int, precision: str) -> Iterator[training.Training]:
         mixed_precision=precision,
     )
     pipeline = load_base(device="cpu")
-    with ck.patched(pipeline.unet), training.frozen(pipeline):
+    with attention.patched(pipeline.unet), training.frozen(pipeline):
         run = training.Training(config, pipeline, Pictures.read(config))
         pipeline.unet.to(DTYPES[precision])  # as train does
         yield run

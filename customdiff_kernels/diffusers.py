@@ -132,30 +132,38 @@ class _CustomDiffusion(CrossAttnProcessor):
         return self.to_q_custom_diffusion, *self.to_out_custom_diffusion
 
 
-def patch_unet(unet: nn.Module) -> list[str]:
+def patch_unet(unet: nn.Module, *, self_attention: bool = False) -> list[str]:
     """Run a diffusers UNet's cross-attention through this library; returns the names of its modules.
 
     A frozen UNet (K/V-only training, or no gradient at all) takes ``kv_cross_attention``, which saves hidden,
     keys and values only; a module whose ``to_q`` or ``to_out`` trains or is wrapped (LoRA) takes
     ``cross_attention`` between them. Where diffusers' ``CustomDiffusionAttnProcessor`` stands, the new one is
-    an instance of that same class and holds the same parameters. Self-attention is left alone. Calling it
-    twice changes nothing. ``unpatch_unet`` undoes.
+    an instance of that same class and holds the same parameters. Calling it twice changes nothing.
+    ``unpatch_unet`` undoes.
+
+    self_attention: whether self-attention goes through ``cross_attention`` too, where one of diffusers' plain
+        processors stands. On a CPU that is faster than ``scaled_dot_product_attention``, most of all its
+        backward in bfloat16; on a GPU PyTorch's flash attention is made for so many keys.
 
     Raises ValueError if there is no cross-attention to patch, or if a processor stands there that does more
     than softmax attention (an IP-Adapter's, say), which ours would silently drop; nothing is changed then.
     """
-    ours = {name: processor_for(name, attn) for name, attn in _cross_attentions(unet).items()}
+    cross = _cross_attentions(unet)
+    ours = {name: processor_for(name, attn) for name, attn in cross.items()}
     if not ours:
         raise ValueError(
             f"unet: found no text cross-attention (a diffusers Attention called attn2) "
             f"in {type(unet).__name__}; pass a UNet2DConditionModel, such as pipeline.unet"
         )
-    for name, attn in attentions(unet).items():
+    modules = attentions(unet)
+    for name, attn in modules.items():
+        if name not in cross and self_attention and _is_plain_self_attention(attn):
+            ours[name] = processor_for(name, attn)
         if name in ours:
             attn.set_processor(ours[name])
-        elif _drop_our_arguments not in attn._forward_pre_hooks.values():
+        if name not in cross and _drop_our_arguments not in attn._forward_pre_hooks.values():
             attn.register_forward_pre_hook(_drop_our_arguments, with_kwargs=True)
-    return list(ours)
+    return [name for name in modules if name in ours]
 
 
 def unpatch_unet(unet: nn.Module) -> list[str]:
@@ -173,14 +181,17 @@ def unpatch_unet(unet: nn.Module) -> list[str]:
 
 
 @contextmanager
-def patched(unet: nn.Module) -> Iterator[list[str]]:
+def patched(unet: nn.Module, *, self_attention: bool = False) -> Iterator[list[str]]:
     """``patch_unet`` for the length of a ``with`` block; a UNet that was patched before stays so after."""
-    before = any(isinstance(attn.processor, CrossAttnProcessor) for attn in attentions(unet).values())
+    before = {n for n, attn in attentions(unet).items() if isinstance(attn.processor, CrossAttnProcessor)}
     try:
-        yield patch_unet(unet)
+        yield patch_unet(unet, self_attention=self_attention)
     finally:
         if not before:
             unpatch_unet(unet)
+        for name, attn in attentions(unet).items():
+            if name not in before and isinstance(attn.processor, CrossAttnProcessor):
+                attn.set_processor(attn.processor.previous)
 
 
 def processor_for(name: str, attn: Any) -> CrossAttnProcessor:
@@ -220,6 +231,12 @@ def _cross_attentions(unet: nn.Module) -> dict[str, Any]:
         for name, attn in attentions(unet).items()
         if name.rpartition(".")[2] == "attn2" and attn.is_cross_attention and attn.added_kv_proj_dim is None
     }
+
+
+def _is_plain_self_attention(attn: Any) -> bool:
+    processor = attn.processor
+    known = isinstance(processor, CrossAttnProcessor) or type(processor).__name__ in _REPLACEABLE
+    return known and not attn.is_cross_attention and attn.added_kv_proj_dim is None
 
 
 def _drop_our_arguments(attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

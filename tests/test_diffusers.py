@@ -137,6 +137,30 @@ def test_names_and_state_are_unchanged_and_unpatch_restores():
     assert ck.unpatch_unet(unet) == []
 
 
+@pytest.mark.parametrize("config", [SD1, SD2, SDXL], ids=["sd1", "sd2", "sdxl"])
+def test_self_attention_too(config):
+    unet = tiny_unet(**config)
+    weights, given, processors = kv_weights(unet), inputs(unet), unet.attn_processors
+    want = run(unet, given, weights)
+    names = ck.patch_unet(unet, self_attention=True)
+    assert {f"{name}.processor" for name in names} == processors.keys()
+    assert ck.patch_unet(unet, self_attention=True) == names
+    stack = ck.KVStack.from_unet(unet)
+    kv = stack.views(ck.kv_project(given["encoder_hidden_states"], stack.weight))
+    assert_all_close(run(unet, given, weights), want)
+    assert_all_close([unet(**given, cross_attention_kwargs={"kv": kv}).sample], want[:1])
+    assert ck.unpatch_unet(unet) == names
+    assert all(unet.attn_processors[k] is v for k, v in processors.items())
+
+
+def test_self_attention_with_a_processor_of_its_own_is_left_alone():
+    unet = tiny_unet()
+    custom_diffusion(unet)
+    processors = unet.attn_processors
+    assert all(name.endswith("attn2") for name in ck.patch_unet(unet, self_attention=True))
+    assert all((unet.attn_processors[k] is v) == ("attn1" in k) for k, v in processors.items())
+
+
 def test_a_copy_is_independent():
     unet = tiny_unet()
     ck.patch_unet(unet)

@@ -7,8 +7,7 @@ import pytest
 import tiny_pipeline
 from diffusers import StableDiffusionPipeline
 
-import customdiff_kernels as ck
-from customdiff import training
+from customdiff import attention, training
 from customdiff.config import ConceptConfig, TrainConfig
 from customdiff.views import Pictures
 
@@ -54,7 +53,7 @@ def load(folder: str):
 def training_of(config: TrainConfig, pipeline=None, **options):
     """A ``Training`` on a patched and frozen base, given back after."""
     pipeline = load(config.base) if pipeline is None else pipeline
-    with ck.patched(pipeline.unet), training.frozen(pipeline):
+    with attention.patched(pipeline.unet), training.frozen(pipeline):
         run = training.Training(config, pipeline, Pictures.read(config), **options)
         try:
             yield run

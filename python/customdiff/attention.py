@@ -1,4 +1,4 @@
-"""Attention probabilities of a live UNet: recorded by word, or changed on their way to the values.
+"""The attention of a live UNet: by the kernels, its probabilities recorded by word, or changed on their way.
 
 The fused kernels never build the probabilities P = softmax(QKᵀ·scale + bias). Under ``steered`` they are
 built plainly, but only in the layers and steps that a ``Control`` asks for.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,11 @@ import customdiff_kernels as ck
 from customdiff_kernels.diffusers import attentions, processor_for
 
 from .concept import Rows, tokenize
+
+
+def patched(unet: torch.nn.Module) -> AbstractContextManager[list[str]]:
+    """``ck.patched`` of cross-attention; on a CPU, where the kernels are the faster there too, of all."""
+    return ck.patched(unet, self_attention=unet.device.type == "cpu")
 
 
 class Layer(NamedTuple):
@@ -50,7 +55,7 @@ def steered(unet: torch.nn.Module, *controls: Control) -> Iterator[None]:
 
     Raises ValueError if a processor does more than softmax attention.
     """
-    with ck.patched(unet):
+    with patched(unet):
         modules = {
             name: attn for name, attn in attentions(unet).items() if name.endswith((".attn1", ".attn2"))
         }

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 import customdiff_kernels as ck
 
+from .attention import patched
 from .concept import Concept, added_conditions, encode_prompts
 
 
@@ -118,7 +119,7 @@ def sample(
     if latents is None:
         latents = torch.stack([torch.randn(shape, generator=g) for g in generators])
     noise = latents.to(pipe.unet.device, torch.float32)
-    with ck.patched(pipe.unet), _others_on(pipe.unet, concepts[0]):
+    with patched(pipe.unet), _others_on(pipe.unet, concepts[0]):
         latents = denoise(
             pipe.unet,
             scheduler,

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-import customdiff_kernels as ck
-
+from .attention import patched
 from .base import load_base, usable_device
 from .concept import Concept
 from .config import Stopped, TrainConfig
@@ -76,7 +75,7 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
     if ours:
         several = accelerator.num_processes > 1
         pipeline = load_base(config.base, str(accelerator.device) if several else config.device)
-    with _out_of_memory(config), ck.patched(pipeline.unet), frozen(pipeline), _checkpointed(config, pipeline):
+    with _out_of_memory(config), patched(pipeline.unet), frozen(pipeline), _checkpointed(config, pipeline):
         pictures = generate_missing(config, pipeline, pictures, accelerator, progress)
         training = Training(config, pipeline, pictures, accelerator, start)
         _check_space(output, training)
