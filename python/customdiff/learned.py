@@ -41,7 +41,7 @@ class Learned:
         weight = self.base.weight.clone()
         self.rows: dict[str, tuple[Tensor, ...]] = {}
         if start is not None:
-            start = start.of(self.base)
+            start = start.of(unet if start.others else self.base)
             if taken := [
                 s.modifier_token for s in config.subjects if s.modifier_token in start.modifier_tokens
             ]:
@@ -72,6 +72,7 @@ class Learned:
         self._originals = {name: parameter.detach().clone() for name, parameter in touched.items()}
         self._touched = touched
         self.others = {name: parameter for name, parameter in touched.items() if chosen(name)}
+        self._stays = {name: change for name, change in changes.items() if not chosen(name)}
         with torch.no_grad():
             for name, change in changes.items():
                 touched[name].add_(change.to(touched[name]))
@@ -109,10 +110,8 @@ class Learned:
         for word, rows in self.rows.items():
             parts = tuple(row.detach().cpu().clone() for row in rows)
             words[word] = parts if len(parts) > 1 else parts[0]
-        others = {
-            name: (p.detach() - original).cpu()
-            for (name, p), original in zip(self._touched.items(), self._originals.values(), strict=True)
-        }
+        others = {name: (p.detach() - self._originals[name]).cpu() for name, p in self.others.items()}
+        others |= self._stays  # not read off the UNet, which may be in half precision
         return Concept(delta, words, {**base_metadata(base), **metadata}, others=others)
 
     @torch.no_grad()
