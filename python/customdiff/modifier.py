@@ -66,7 +66,6 @@ def rare_tokens(tokenizer: Any, count: int, captions: Sequence[str] | None = Non
         word = token.removesuffix("</w>").removeprefix("Ġ").removeprefix("▁")
         if len(word) > 1 and word.isascii() and word.isalpha() and word.islower():
             ids[word] = number
-    ids = {w: i for w, i in ids.items() if tokenizer(w, add_special_tokens=False).input_ids == [i]}
     if captions is None:
         known = {word: rank for rank, word in enumerate(PUBLISHED)}
         order = sorted(ids, key=lambda word: (known.get(word, len(known)), -ids[word]))
@@ -78,7 +77,7 @@ def rare_tokens(tokenizer: Any, count: int, captions: Sequence[str] | None = Non
     vocabulary = "\n".join(tokenizer.get_vocab())
     found = []
     for word in order:
-        if vocabulary.count(word) == 1:
+        if vocabulary.count(word) == 1 and tokenizer(word, add_special_tokens=False).input_ids == [ids[word]]:
             found.append(word)
         if len(found) == count:
             return found
