@@ -165,12 +165,16 @@ def read_captions(path: str | Path) -> list[str]:
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor, batch_size: int = 8) -> Latents:
     """The autoencoder's posterior of `pixels` (n, 3, H, W), computed once and kept."""
-    parameter = next(vae.parameters())
-    means, stds = [], []
-    for chunk in pixels.split(batch_size):
-        posterior = vae.encode(chunk.to(parameter)).latent_dist
-        means.append(posterior.mean.float())
-        stds.append(posterior.std.float())
+    dtype, means, stds = vae.dtype, [], []
+    if dtype == torch.float16:
+        vae.float()  # SDXL's overflows in float16
+    try:
+        for chunk in pixels.split(batch_size):
+            posterior = vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist
+            means.append(posterior.mean.float())
+            stds.append(posterior.std.float())
+    finally:
+        vae.to(dtype)
     return Latents(torch.cat(means), torch.cat(stds))
 
 
