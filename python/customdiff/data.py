@@ -165,8 +165,8 @@ def read_captions(path: str | Path) -> list[str]:
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor, batch_size: int = 8) -> Latents:
     """The autoencoder's posterior of `pixels` (n, 3, H, W), computed once and kept."""
-    dtype, means, stds = vae.dtype, [], []
-    if dtype == torch.float16:
+    half, means, stds = vae.dtype == torch.float16, [], []
+    if half:
         vae.float()  # SDXL's overflows in float16
     try:
         for chunk in pixels.split(batch_size):
@@ -174,7 +174,8 @@ def encode(vae: Any, pixels: Tensor, batch_size: int = 8) -> Latents:
             means.append(posterior.mean.float())
             stds.append(posterior.std.float())
     finally:
-        vae.to(dtype)
+        if half:
+            vae.half()
     return Latents(torch.cat(means), torch.cat(stds))
 
 
