@@ -187,6 +187,8 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())  # else a power cut could leave the name without the content
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
