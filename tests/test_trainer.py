@@ -399,6 +399,15 @@ def test_a_base_without_cross_attention_is_named(config, tmp_path):  # noqa: F81
     )
     with pytest.raises(ValueError, match="found no text cross-attention"):
         trainer.train(config, pipeline, progress=False)
-    with pytest.raises(ValueError, match="resolution must be a multiple of 2, got 33"):
-        trainer.train(dataclasses.replace(config, resolution=33), progress=False)
-    assert not list(tmp_path.iterdir())
+    for change, message in (
+        ({"resolution": 33}, "resolution must be a multiple of 2, got 33"),
+        ({"initializer_token": "zebra"}, "initializer_token 'zebra' is 5 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad = dataclasses.replace(config, regularization="generated", **change)
+            trainer.train(bad, progress=False)
+    pipeline = load(config.base)
+    pipeline.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match="base predicts 'sample'; the trainer knows"):
+        trainer.train(config, pipeline, progress=False)
+    assert not list(tmp_path.iterdir()), "and no picture was generated"

@@ -27,7 +27,7 @@ from .base import load_base, usable_device
 from .concept import Concept
 from .config import Stopped, TrainConfig
 from .generated import generate_missing
-from .training import Training, frozen, new_accelerator
+from .training import Training, check_base, frozen, new_accelerator
 from .validation import Validation
 from .views import Pictures
 
@@ -80,6 +80,7 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
         several = accelerator.num_processes > 1
         pipeline = load_base(config.base, str(accelerator.device) if several else config.device)
     with _out_of_memory(config), ck.patched(pipeline.unet), frozen(pipeline), _checkpointed(config, pipeline):
+        check_base(config, pipeline)  # to generate pictures may take an hour
         pictures = generate_missing(config, pipeline, pictures, accelerator, progress)
         training = Training(config, pipeline, pictures, accelerator, start)
         if ours and not training.learned.others and config.mixed_precision != "no":

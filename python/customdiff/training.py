@@ -30,6 +30,7 @@ from .base import EMBEDDED, is_embedded
 from .concept import Concept, Rows, TextFeatures, added_conditions, encode_prompts, text_encoders, tokenize
 from .config import TrainConfig
 from .learned import Learned
+from .modifier import initial_rows
 from .views import Pictures, Views, choose, content_hash, read_pixels
 
 FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
@@ -90,10 +91,6 @@ class Training:
             )
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction = self.scheduler.config.prediction_type
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"base predicts {self.prediction!r}; the trainer knows 'epsilon' and 'v_prediction'"
-            )
         self.device = pipeline.unet.device
         source = pipeline.name_or_path or config.base or "unnamed"
         self.embedded = is_embedded(source)
@@ -365,6 +362,15 @@ class Training:
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.steps_done = state["steps_done"]
+
+
+def check_base(config: TrainConfig, pipeline: Any) -> None:
+    """Raises ValueError for what the base cannot do, before any picture is drawn or encoded."""
+    prediction = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"base predicts {prediction!r}; the trainer knows 'epsilon' and 'v_prediction'")
+    _resolution(config, pipeline)
+    initial_rows(config, pipeline)
 
 
 def new_accelerator(config: TrainConfig, device: torch.device) -> Any:
