@@ -371,6 +371,9 @@ def test_a_sequence_of_two_concepts(config):  # noqa: F811
         for name, start, stop in run.learned.base.segments:
             expected = run.learned.base[name] + first.delta[name]
             torch.testing.assert_close(run.learned.weight[start:stop].detach(), expected)
+        table = run.pipeline.text_encoder.get_input_embeddings().weight
+        pll = table[run.pipeline.tokenizer.convert_tokens_to_ids("pll</w>")]
+        assert torch.equal(run.learned.rows["<new2>"][0], pll), "the first started from ktn"
         run.step()
         second = run.concept()
     assert list(second.modifier_tokens) == ["<new1>", "<new2>"]

@@ -51,11 +51,11 @@ class Learned:
             if start.delta:
                 weight = ck.reconstruct(self.base, start.delta).weight
         self.weight = weight if config.weights == "none" else nn.Parameter(weight)
-        for word, rows in initial_rows(config, pipeline).items():
+        self.kept: dict[str, Row] = dict(start.modifier_tokens) if start is not None else {}
+        for word, rows in initial_rows(config, pipeline, taken=len(self.kept)).items():
             self.rows[word] = tuple(
                 nn.Parameter(row, requires_grad=config.train_modifier_token) for row in rows
             )
-        self.kept: dict[str, Row] = dict(start.modifier_tokens) if start is not None else {}
         self._take_over(config.weights, unet, start)
 
     def _take_over(self, weights: str, unet: nn.Module, start: Concept | None) -> None:

@@ -18,8 +18,10 @@ SAMPLE = 200_000  # captions that the paper counts words in
 OCCURRENCES = 5, 10  # of a rare token, in so many captions
 
 
-def initial_rows(config: TrainConfig, pipeline: Any) -> dict[str, tuple[Tensor, ...]]:
+def initial_rows(config: TrainConfig, pipeline: Any, taken: int = 0) -> dict[str, tuple[Tensor, ...]]:
     """{modifier token: a float32 embedding (E,) for each text encoder} that training starts from.
+
+    `taken`: how many rare tokens earlier concepts started from; each concept has one of its own.
 
     Raises:
         ValueError: if a modifier token is a word of the vocabulary already, or the word that it is to start
@@ -30,7 +32,7 @@ def initial_rows(config: TrainConfig, pipeline: Any) -> dict[str, tuple[Tensor, 
     rare = []
     if wanted := sum(subject.initializer_token == RARE for subject in subjects):
         captions = None if config.rare_captions is None else read_captions(config.rare_captions)
-        rare = rare_tokens(pairs[0][0], wanted, captions)[::-1]
+        rare = rare_tokens(pairs[0][0], taken + wanted, captions)[taken:][::-1]
     generator = torch.Generator().manual_seed(config.seed)
     rows = {}
     for subject in subjects:
