@@ -50,6 +50,18 @@ def test_folders_without_a_usable_picture_are_named(tmp_path):
         data.read_pictures(tmp_path / "empty")
 
 
+def test_an_autoencoder_in_half_precision_does_not_overflow():
+    """SDXL's does, in its encoder's activations."""
+    torch.manual_seed(0)
+    vae, pixels = tiny_pipeline.vae().requires_grad_(False), torch.rand(3, 3, 16, 16)
+    vae.encoder.conv_in.weight *= 2e5
+    vae.half()
+    assert not vae.encode(pixels.half()).latent_dist.mean.isfinite().all()
+    found = data.encode(vae, pixels)
+    assert found.mean.isfinite().all() and found.mean.dtype == torch.float32
+    assert {parameter.dtype for parameter in vae.parameters()} == {torch.float16}
+
+
 def test_captions_beside_or_in_a_table(tmp_path):
     folder = tmp_path / "dogs"
     pictures(folder, 2, seed=0, size=(8, 8))

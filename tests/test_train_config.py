@@ -110,6 +110,7 @@ def test_pictures_without_captions_have_the_prompt_of_their_kind(tmp_path):
         ("stepz: 3", "unknown field 'stepz'; did you mean 'steps'"),
         ("steps: many", "steps of .* must be of type int, got 'many'"),
         ("steps: 2.5", "steps of .* must be of type int, got 2.5"),
+        ("batch_size:", "batch_size of .* must be of type int, got None"),
         ("steps: true", "steps of .* must be of type int, got True"),
         ("weights: kq", "weights of .* must be one of kv, cross-attention, unet, none, got 'kq'"),
         ("- 3", "must hold fields"),
@@ -151,6 +152,9 @@ def test_files_that_are_not_there_are_named(tmp_path):
         ({"initializer_token": "<category>"}, "initializer_token '<category>' needs a category"),
         ({"weights": "none", "train_modifier_token": False}, "nothing would learn"),
         ({"weights": "none", "modifier_token": None}, "nothing would learn"),
+        ({"weights": "qkv"}, "weights must be one of kv, cross-attention, unet, none, got 'qkv'"),
+        ({"crop": "center"}, "crop must be one of centre, squash, got 'center'"),
+        ({"log_with": "mlflow"}, "log_with must be one of tensorboard, wandb, got 'mlflow'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"accumulation": 3}, "accumulation must be at most batch_size, got 3 for 2"),
@@ -172,6 +176,8 @@ def test_concepts_share_no_modifier_token():
     concept = ConceptConfig(images="x", category="dog")
     with pytest.raises(ValueError, match="modifier tokens of their own, got <new1>, <new1>"):
         TrainConfig(concepts=(concept, concept))
+    with pytest.raises(ValueError, match="concepts is given, and regularization too; put all into concepts"):
+        TrainConfig(concepts=(concept,), regularization="generated")
 
 
 def test_the_rates_cool_down(config):  # noqa: F811

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import resource
 import signal
 import types
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import tiny_pipeline
 import torch
 from PIL import Image
-from training_runs import config, folders, load, several  # noqa: F401
+from training_runs import config, folders, load, several, training_of  # noqa: F401
 
 import customdiff_kernels as ck
 from customdiff import Concept, trainer, training
 from customdiff.config import Stopped
+from customdiff.generated import generate
 from customdiff.views import Pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -289,6 +291,19 @@ def test_generated_regularization(config, tmp_path, monkeypatch):  # noqa: F811
         trainer.train(dataclasses.replace(chosen, **other), progress=False)
 
 
+def test_processes_share_what_is_generated(config, tmp_path):  # noqa: F811
+    pipeline, drawn = load(config.base), []
+    for folder, shares in (("one", [(0, 1)]), ("two", [(0, 2), (1, 2)])):
+        for share in shares:
+            generate(pipeline, "a dog", 3, tmp_path / folder, 1, share=share, progress=False)
+            drawn.append(len(list((tmp_path / folder).glob("*.png"))))
+    assert drawn == [3, 2, 3]
+    for name in ("0000.png", "0001.png", "0002.png"):
+        one, two = (np.asarray(Image.open(tmp_path / f / name)).astype(int) for f in ("one", "two"))
+        assert abs(one - two).max() <= 1
+    assert len({(tmp_path / f / "captions.csv").read_text() for f in ("one", "two")}) == 1
+
+
 def test_out_of_memory_says_what_to_lower(config, monkeypatch):  # noqa: F811
     def full(self, *_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -298,9 +313,43 @@ def test_out_of_memory_says_what_to_lower(config, monkeypatch):  # noqa: F811
         MemoryError, match="accumulation=2, gradient_checkpointing=True, mixed_precision='bf16'"
     ):
         trainer.train(config, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="accumulation=2"):
+        patch.setattr(training.Training, "loss", lambda *_: torch.empty(1 << 60))  # a plain RuntimeError
+        trainer.train(config, progress=False)
     with pytest.raises(MemoryError, match="try a lower resolution"):
         least = {"accumulation": 2, "gradient_checkpointing": True, "mixed_precision": "bf16"}
         trainer.train(dataclasses.replace(config, **least), progress=False)
+
+
+def test_a_diverged_run_ends_at_once_and_keeps_its_checkpoint(config, tmp_path, monkeypatch):  # noqa: F811
+    losses = iter([1.0, 1.0, float("nan")])
+
+    def step(self):
+        self.steps_done += 1
+        return next(losses)
+
+    monkeypatch.setattr(training.Training, "step", step)
+    with pytest.raises(ValueError, match="the loss of step 3 is nan: give a lower learning_rate$"):
+        trainer.train(dataclasses.replace(config, checkpoint_every=1), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["concept.safetensors.checkpoint"]
+    assert torch.load(tmp_path / "concept.safetensors.checkpoint")["steps_done"] == 2
+
+
+def test_gradient_checkpointing_computes_again(config):  # noqa: F811
+    pipeline, calls = load(config.base), []
+    pipeline.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: calls.append(True))
+    for checkpointing in (False, True):
+        chosen = {"steps": 1, "gradient_checkpointing": checkpointing, "overwrite": True}
+        trainer.train(dataclasses.replace(config, **chosen), pipeline, progress=False)
+    assert len(calls) == 1 + 2 and not pipeline.unet.is_gradient_checkpointing
+
+
+def test_another_device_than_that_of_the_run_before(config):  # noqa: F811
+    from accelerate.state import PartialState
+
+    training.new_accelerator(config, torch.device("cpu"))
+    PartialState().device = torch.device("meta")  # as a run on a GPU leaves it
+    assert training.new_accelerator(config, torch.device("cpu")).device.type == "cpu"
 
 
 def test_a_full_disk_is_known_before_the_first_step(config, tmp_path, monkeypatch):  # noqa: F811
@@ -309,6 +358,19 @@ def test_a_full_disk_is_known_before_the_first_step(config, tmp_path, monkeypatc
     with pytest.raises(OSError, match="the run writes up to 0 MiB and the disk has 0 MiB left"):
         trainer.train(config, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(config, tmp_path):  # noqa: F811
+    path = tmp_path / "checkpoint"
+    path.write_bytes(b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with training_of(config) as run, pytest.raises(OSError, match="checkpoint '.*' cannot be written"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            run.checkpoint(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
 
 
 def test_a_disk_that_fills_up_leaves_no_half_file_and_keeps_the_checkpoint(config, tmp_path, monkeypatch):  # noqa: F811
@@ -337,6 +399,15 @@ def test_a_base_without_cross_attention_is_named(config, tmp_path):  # noqa: F81
     )
     with pytest.raises(ValueError, match="found no text cross-attention"):
         trainer.train(config, pipeline, progress=False)
-    with pytest.raises(ValueError, match="resolution must be a multiple of 2, got 33"):
-        trainer.train(dataclasses.replace(config, resolution=33), progress=False)
-    assert not list(tmp_path.iterdir())
+    for change, message in (
+        ({"resolution": 33}, "resolution must be a multiple of 2, got 33"),
+        ({"initializer_token": "zebra"}, "initializer_token 'zebra' is 5 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad = dataclasses.replace(config, regularization="generated", **change)
+            trainer.train(bad, progress=False)
+    pipeline = load(config.base)
+    pipeline.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match="base predicts 'sample'; the trainer knows"):
+        trainer.train(config, pipeline, progress=False)
+    assert not list(tmp_path.iterdir()), "and no picture was generated"

@@ -12,7 +12,7 @@ from training_runs import config, folders, keep_gradients, load, several, traini
 import customdiff_kernels as ck
 import tinysd
 from customdiff import augment, base, training
-from customdiff.concept import TextFeatures
+from customdiff.concept import Concept, TextFeatures
 from customdiff.config import EMBEDDED_LEARNING_RATE, TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -118,6 +118,35 @@ def test_concepts_take_turns(config):  # noqa: F811
             words += [prompt.split()[3] for prompt in run.draw().prompts]
             run.steps_done += 1
     assert words == ["<new1>", "<new2>", "<new3>"] * 4
+
+
+def test_regularization_takes_turns_too(config):  # noqa: F811
+    """Also where a step has fewer pictures than there are concepts."""
+    with training_of(dataclasses.replace(several(config, 3), batch_size=2)) as run:
+        seen = []
+        for _ in range(3):
+            seen += [int(number) // 4 for number in run.draw().prior]  # four pictures each
+            run.steps_done += 1
+    assert seen == [0, 1, 2] * 2
+
+
+def test_pictures_too_small_for_a_latent_pixel_are_refused(config):  # noqa: F811
+    """Their masks could be empty, and the loss 0 / 0."""
+    with pytest.raises(ValueError, match="resize_from=0.05 of 32 pixels .* of 2: give at least 0.094"):
+        with training_of(dataclasses.replace(config, resize=1.0, resize_from=0.05)):
+            pass
+    with training_of(dataclasses.replace(config, resize=1.0, resize_from=0.094, copies=30)) as run:
+        assert run.views.masks.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [("a dog", "no modifier token of its concept"), ("<new1> and <new7>", "names the modifier token <new7>")],
+)
+def test_bad_validation_prompts_are_known_before_training(config, prompt, message):  # noqa: F811
+    chosen = dataclasses.replace(config, validation_prompts=("a <new1> cat", prompt))
+    with pytest.raises(ValueError, match=message), training_of(chosen):
+        pass
 
 
 def test_resized_views_train_on_the_picture_alone_and_say_their_size(config, monkeypatch):  # noqa: F811
@@ -342,6 +371,9 @@ def test_a_sequence_of_two_concepts(config):  # noqa: F811
         for name, start, stop in run.learned.base.segments:
             expected = run.learned.base[name] + first.delta[name]
             torch.testing.assert_close(run.learned.weight[start:stop].detach(), expected)
+        table = run.pipeline.text_encoder.get_input_embeddings().weight
+        pll = table[run.pipeline.tokenizer.convert_tokens_to_ids("pll</w>")]
+        assert torch.equal(run.learned.rows["<new2>"][0], pll), "the first started from ktn"
         run.step()
         second = run.concept()
     assert list(second.modifier_tokens) == ["<new1>", "<new2>"]
@@ -353,6 +385,31 @@ def test_a_sequence_of_two_concepts(config):  # noqa: F811
         with training_of(config, start=first):
             pass
 
+    # what stays is not read off a UNet in half precision, and a run that cannot start gives it back
+    pipeline = load(config.base)
+    pipeline.unet.half()
+    with training_of(other, pipeline, start=first) as run:
+        third = run.concept()
+    assert third.others.keys() == first.others.keys()
+    assert all(torch.equal(change, first.others[name]) for name, change in third.others.items())
+    before = {name: parameter.clone() for name, parameter in pipeline.unet.named_parameters()}
+    with pytest.raises(ValueError, match="no modifier token"):
+        bad = dataclasses.replace(other, validation_prompts=("a cat",))
+        with training_of(bad, pipeline, start=first):
+            pass
+    assert not changed(before, dict(pipeline.unet.named_parameters()))
+
+    # the published formats hold whole weights
+    unet = load(config.base).unet
+    changes = {**first.delta, **first.others}
+    whole = {name: unet.get_parameter(name).detach() + change for name, change in changes.items()}
+    weights, others = ({n: whole[n] for n in part} for part in (first.delta, first.others))
+    published = Concept({}, first.modifier_tokens, weights=weights, others=others)
+    with training_of(other, start=published) as run:
+        fourth = run.concept()
+    for name, change in changes.items():
+        torch.testing.assert_close({**fourth.delta, **fourth.others}[name], change, rtol=0, atol=1e-6)
+
 
 def test_sdxl_trains_a_row_for_each_text_encoder(tmp_path, config):  # noqa: F811
     """Against plain modules: both token tables, all keys and values, the pooled text and the sizes."""
@@ -362,6 +419,7 @@ def test_sdxl_trains_a_row_for_each_text_encoder(tmp_path, config):  # noqa: F81
         batch = run.draw()
         run.loss(batch, 2, 0).backward()
         concept = run.concept()
+        assert not any(part[-1].any() for part in run.prior_text), "what it is sampled against"
     latents = run.views.latents.at(batch.views, batch.posterior) * reference.vae.config.scaling_factor
     noisy = run.scheduler.add_noise(latents, batch.noise, batch.timesteps)
     prompts = [prompt.replace("<new1>", "ktn") for prompt in batch.prompts]

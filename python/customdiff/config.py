@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -189,10 +190,11 @@ class TrainConfig(ConceptConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", tuple(self.concepts))
+        own = dataclasses.fields(ConceptConfig)
         if not self.concepts:
             super().__post_init__()
-        elif self.images or self.prompts or self.category:
-            raise ValueError("concepts is given, and images, prompts or category too; put all into concepts")
+        elif given := [field.name for field in own if getattr(self, field.name) != field.default]:
+            raise ValueError(f"concepts is given, and {', '.join(given)} too; put all into concepts")
         words = [concept.modifier_token for concept in self.subjects if concept.modifier_token]
         if len(set(words)) < len(words):
             raise ValueError(f"concepts must have modifier tokens of their own, got {', '.join(words)}")
@@ -204,7 +206,16 @@ class TrainConfig(ConceptConfig):
             raise ValueError(
                 "weights='none' trains V* alone, and there is no V* to train: nothing would learn"
             )
+        self._check_choices()
         self._check_numbers()
+
+    def _check_choices(self) -> None:
+        for name, hint in typing.get_type_hints(TrainConfig).items():
+            parts = (hint, *typing.get_args(hint))
+            choices = [c for p in parts if typing.get_origin(p) is Literal for c in typing.get_args(p)]
+            value = getattr(self, name)
+            if choices and value not in choices and not (value is None and type(None) in parts):
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
     def _check_numbers(self) -> None:
         at_least = {

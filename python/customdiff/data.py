@@ -165,12 +165,17 @@ def read_captions(path: str | Path) -> list[str]:
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor, batch_size: int = 8) -> Latents:
     """The autoencoder's posterior of `pixels` (n, 3, H, W), computed once and kept."""
-    parameter = next(vae.parameters())
-    means, stds = [], []
-    for chunk in pixels.split(batch_size):
-        posterior = vae.encode(chunk.to(parameter)).latent_dist
-        means.append(posterior.mean.float())
-        stds.append(posterior.std.float())
+    half, means, stds = vae.dtype == torch.float16, [], []
+    if half:
+        vae.float()  # SDXL's overflows in float16
+    try:
+        for chunk in pixels.split(batch_size):
+            posterior = vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist
+            means.append(posterior.mean.float())
+            stds.append(posterior.std.float())
+    finally:
+        if half:
+            vae.half()
     return Latents(torch.cat(means), torch.cat(stds))
 
 
@@ -182,6 +187,8 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())  # else a power cut could leave the name without the content
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,17 @@ def generate_missing(
     for number, (subject, each) in enumerate(zip(config.subjects, pictures, strict=True), 1):
         if subject.regularization == GENERATED:
             folder = folder_of(config, number)
-            if accelerator.is_main_process:
-                prompt, count = subject.regularization_prompt, config.generated_count
-                shown = progress and accelerator.is_main_process
-                generate(pipeline, prompt, count, folder, config.generated_steps, config.seed, progress=shown)
+            generate(
+                pipeline,
+                subject.regularization_prompt,
+                config.generated_count,
+                folder,
+                config.generated_steps,
+                config.seed,
+                share=(accelerator.process_index, accelerator.num_processes),
+                wait=accelerator.wait_for_everyone,
+                progress=progress and accelerator.is_main_process,
+            )
             accelerator.wait_for_everyone()
             paths, captions = regularization(str(folder), subject, config)
             each = dataclasses.replace(each, regularization=paths, captions=captions)
@@ -55,28 +62,26 @@ def generate(
     steps: int = 50,
     seed: int = 0,
     *,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], object] = lambda: None,
     progress: bool = True,
 ) -> None:
     """`count` pictures of the base for `prompt` in `folder`, captioned: by DDPM's sampler (η = 1).
 
-    What is there already of the same settings stays; so it goes on where it was stopped.
+    What is there already of the same settings stays; so it goes on where it was stopped. `share`: the part
+    that this process draws, and of how many; `wait`: for the others. All draw, since a process that waited
+    for another's two hundred pictures would run into the time limit of collectives.
 
     Raises ValueError if the folder holds pictures of other settings, or others' files.
     """
     settings = {"prompt": prompt, "steps": steps, "seed": seed}
     settings["base_hash"] = ck.KVStack.from_unet(pipeline.unet).hash()
-    folder.mkdir(parents=True, exist_ok=True)
-    note = folder / SETTINGS
-    if any(folder.iterdir()):
-        if not note.is_file() or json.loads(note.read_text()) != settings:
-            raise ValueError(
-                f"{str(folder)!r} holds other files than pictures generated for {prompt!r} in {steps} steps "
-                "from this base; move it away, or name another output"
-            )
-    with replacing(note) as partial:
-        partial.write_text(json.dumps(settings))
+    index, parts = share
+    if index == 0:
+        _claim(folder, settings)
+    wait()
     names = [f"{number:04}.png" for number in range(count)]
-    missing = [number for number, name in enumerate(names) if not (folder / name).is_file()]
+    missing = [number for number in range(index, count, parts) if not (folder / names[number]).is_file()]
     guidance = default_guidance(is_embedded(pipeline.name_or_path or ""))
     bar = tqdm(total=len(missing), desc=f"generating {prompt!r}", unit="image", disable=not progress)
     with bar:
@@ -95,5 +100,20 @@ def generate(
                 with replacing(folder / names[number]) as partial:
                     picture.save(partial, "png")
             bar.update(len(numbers))
-    with replacing(folder / CAPTIONS) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file", "caption"), *((name, prompt) for name in names)])
+    wait()
+    if index == 0:
+        with replacing(folder / CAPTIONS) as partial, open(partial, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows([("file", "caption"), *((name, prompt) for name in names)])
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes `folder` for pictures of these `settings`; ValueError where it holds something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / SETTINGS
+    if any(folder.iterdir()) and not (note.is_file() and json.loads(note.read_text()) == settings):
+        raise ValueError(
+            f"{str(folder)!r} holds other files than pictures generated for {settings['prompt']!r} in "
+            f"{settings['steps']} steps from this base; move it away, or name another output"
+        )
+    with replacing(note) as partial:
+        partial.write_text(json.dumps(settings))

@@ -41,7 +41,7 @@ class Learned:
         weight = self.base.weight.clone()
         self.rows: dict[str, tuple[Tensor, ...]] = {}
         if start is not None:
-            start = start.of(self.base)
+            start = start.of(unet if start.others else self.base)
             if taken := [
                 s.modifier_token for s in config.subjects if s.modifier_token in start.modifier_tokens
             ]:
@@ -51,11 +51,11 @@ class Learned:
             if start.delta:
                 weight = ck.reconstruct(self.base, start.delta).weight
         self.weight = weight if config.weights == "none" else nn.Parameter(weight)
-        for word, rows in initial_rows(config, pipeline).items():
+        self.kept: dict[str, Row] = dict(start.modifier_tokens) if start is not None else {}
+        for word, rows in initial_rows(config, pipeline, taken=len(self.kept)).items():
             self.rows[word] = tuple(
                 nn.Parameter(row, requires_grad=config.train_modifier_token) for row in rows
             )
-        self.kept: dict[str, Row] = dict(start.modifier_tokens) if start is not None else {}
         self._take_over(config.weights, unet, start)
 
     def _take_over(self, weights: str, unet: nn.Module, start: Concept | None) -> None:
@@ -72,6 +72,7 @@ class Learned:
         self._originals = {name: parameter.detach().clone() for name, parameter in touched.items()}
         self._touched = touched
         self.others = {name: parameter for name, parameter in touched.items() if chosen(name)}
+        self._stays = {name: change for name, change in changes.items() if not chosen(name)}
         with torch.no_grad():
             for name, change in changes.items():
                 touched[name].add_(change.to(touched[name]))
@@ -109,10 +110,8 @@ class Learned:
         for word, rows in self.rows.items():
             parts = tuple(row.detach().cpu().clone() for row in rows)
             words[word] = parts if len(parts) > 1 else parts[0]
-        others = {
-            name: (p.detach() - original).cpu()
-            for (name, p), original in zip(self._touched.items(), self._originals.values(), strict=True)
-        }
+        others = {name: (p.detach() - self._originals[name]).cpu() for name, p in self.others.items()}
+        others |= self._stays  # not read off the UNet, which may be in half precision
         return Concept(delta, words, {**base_metadata(base), **metadata}, others=others)
 
     @torch.no_grad()

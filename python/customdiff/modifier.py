@@ -18,8 +18,10 @@ SAMPLE = 200_000  # captions that the paper counts words in
 OCCURRENCES = 5, 10  # of a rare token, in so many captions
 
 
-def initial_rows(config: TrainConfig, pipeline: Any) -> dict[str, tuple[Tensor, ...]]:
+def initial_rows(config: TrainConfig, pipeline: Any, taken: int = 0) -> dict[str, tuple[Tensor, ...]]:
     """{modifier token: a float32 embedding (E,) for each text encoder} that training starts from.
+
+    `taken`: how many rare tokens earlier concepts started from; each concept has one of its own.
 
     Raises:
         ValueError: if a modifier token is a word of the vocabulary already, or the word that it is to start
@@ -30,7 +32,7 @@ def initial_rows(config: TrainConfig, pipeline: Any) -> dict[str, tuple[Tensor, 
     rare = []
     if wanted := sum(subject.initializer_token == RARE for subject in subjects):
         captions = None if config.rare_captions is None else read_captions(config.rare_captions)
-        rare = rare_tokens(pairs[0][0], wanted, captions)[::-1]
+        rare = rare_tokens(pairs[0][0], taken + wanted, captions)[taken:][::-1]
     generator = torch.Generator().manual_seed(config.seed)
     rows = {}
     for subject in subjects:
@@ -66,7 +68,6 @@ def rare_tokens(tokenizer: Any, count: int, captions: Sequence[str] | None = Non
         word = token.removesuffix("</w>").removeprefix("Ġ").removeprefix("▁")
         if len(word) > 1 and word.isascii() and word.isalpha() and word.islower():
             ids[word] = number
-    ids = {w: i for w, i in ids.items() if tokenizer(w, add_special_tokens=False).input_ids == [i]}
     if captions is None:
         known = {word: rank for rank, word in enumerate(PUBLISHED)}
         order = sorted(ids, key=lambda word: (known.get(word, len(known)), -ids[word]))
@@ -78,7 +79,7 @@ def rare_tokens(tokenizer: Any, count: int, captions: Sequence[str] | None = Non
     vocabulary = "\n".join(tokenizer.get_vocab())
     found = []
     for word in order:
-        if vocabulary.count(word) == 1:
+        if vocabulary.count(word) == 1 and tokenizer(word, add_special_tokens=False).input_ids == [ids[word]]:
             found.append(word)
         if len(found) == count:
             return found

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import json
 import re
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,7 +100,7 @@ def read_yaml(file: str) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name != "preset" and name not in fields:
             raise ValueError(f"config {file!r} has an unknown field {key!r}{_nearest(name, fields)}")
-        kept = name in ("preset", "concepts") or value is None
+        kept = name in ("preset", "concepts")
         settings[name] = value if kept else _typed(f"{name} of {file!r}", value, _kind(fields[name]))
     return settings
 
@@ -143,7 +142,7 @@ def _concept(entry: Any, where: str, shared: Mapping[str, Any]) -> ConceptConfig
         name = PUBLISHED.get(key, key)
         if name not in fields:
             raise ValueError(f"{where} has an unknown key {key!r}{_nearest(key, {*fields, *PUBLISHED})}")
-        settings[name] = value if value is None else _typed(f"{key} of {where}", value, _kind(fields[name]))
+        settings[name] = _typed(f"{key} of {where}", value, _kind(fields[name]))
     prompts = settings.get("prompts", ())
     if "modifier_token" not in entry and prompts:
         word = re.search(r"<[\w-]+>", prompts[0])
@@ -157,26 +156,30 @@ def _concept(entry: Any, where: str, shared: Mapping[str, Any]) -> ConceptConfig
 
 
 class _Kind(NamedTuple):
-    """Of a field's value: its type, its choices, whether there may be several."""
+    """Of a field's value: its type, its choices, whether there may be several, or none."""
 
     type: Any
     choices: tuple[str, ...] | None
     many: bool
+    optional: bool
 
 
 def _kind(field: Any) -> _Kind:
     owner = ConceptConfig if field.name in ConceptConfig.__annotations__ else TrainConfig
     hint = typing.get_type_hints(owner)[field.name]
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+    optional = type(None) in typing.get_args(hint)
+    if optional:
         hint = next(argument for argument in typing.get_args(hint) if argument is not type(None))
     many = typing.get_origin(hint) is tuple
     hint = typing.get_args(hint)[0] if many else hint
     choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
-    return _Kind(str if choices else hint, choices, many)
+    return _Kind(str if choices else hint, choices, many, optional)
 
 
 def _typed(what: str, value: Any, kind: _Kind) -> Any:
     """`value` as its field wants it; YAML reads 8e-5 as text, and one prompt is no list."""
+    if value is None and kind.optional:
+        return None
     if kind.many:
         values = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_typed(what, one, kind._replace(many=False)) for one in values)

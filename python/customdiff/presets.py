@@ -50,7 +50,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         (2500, 3000),
     ),
     "textual-inversion": (
-        "Textual Inversion as the paper ran it: V* alone, from the category's word",
+        "Textual Inversion as the paper ran it: V* alone, from the category's word; there its prompts do "
+        'without the category: "photo of a <new1>"',
         {
             "weights": "none",
             "initializer_token": "<category>",

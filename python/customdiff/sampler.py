@@ -213,7 +213,8 @@ def decode(vae: torch.nn.Module, latents: Tensor, *, upcast: bool = False) -> Te
     try:
         return (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
     finally:
-        vae.to(dtype)
+        if upcast:
+            vae.to(dtype)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

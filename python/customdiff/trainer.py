@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -25,9 +26,11 @@ from .base import load_base, usable_device
 from .concept import Concept
 from .config import Stopped, TrainConfig
 from .generated import generate_missing
-from .training import Training, frozen, new_accelerator
+from .training import Training, check_base, frozen, new_accelerator
 from .validation import Validation
 from .views import Pictures
+
+CPU_FULL = "DefaultCPUAllocator: "  # of a plain RuntimeError, where the CPU's memory is out
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,14 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
         several = accelerator.num_processes > 1
         pipeline = load_base(config.base, str(accelerator.device) if several else config.device)
     with _out_of_memory(config), patched(pipeline.unet), frozen(pipeline), _checkpointed(config, pipeline):
+        check_base(config, pipeline)  # to generate pictures may take an hour
         pictures = generate_missing(config, pipeline, pictures, accelerator, progress)
         training = Training(config, pipeline, pictures, accelerator, start)
-        _check_space(output, training)
         if ours and not training.learned.others and config.mixed_precision != "no":
             # frozen: autocast would cast its weights again at every call
             pipeline.unet.to({"bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision])
         try:
+            _check_space(output, training)
             losses, rate = _run(training, output, progress and accelerator.is_main_process)
             concept = training.concept()
         finally:
@@ -115,6 +119,7 @@ def _run(training: Training, output: Path, progress: bool) -> tuple[tuple[float,
         while training.steps_done < config.steps:
             losses.append(training.step())
             done = training.steps_done
+            _check_finite(losses[-1], training)
             rate = len(losses) * training.images_per_step / (time.perf_counter() - looped)
             recent = losses[-20:]
             memory = peak_memory(training.device) / 2**30
@@ -135,6 +140,16 @@ def _run(training: Training, output: Path, progress: bool) -> tuple[tuple[float,
                     f"{str(checkpoint)!r}"
                 )
     return tuple(losses), rate
+
+
+def _check_finite(loss: float, training: Training) -> None:
+    """Ends a run that has diverged, which no later step would mend; its last checkpoint is kept."""
+    if not math.isfinite(loss):
+        half = training.config.mixed_precision == "fp16" or training.pipeline.unet.dtype == torch.float16
+        raise ValueError(
+            f"the loss of step {training.steps_done} is {loss}: give a lower learning_rate"
+            + " or mixed_precision='bf16' in the place of float16" * half
+        )
 
 
 def peak_memory(device: torch.device) -> int:
@@ -226,7 +241,10 @@ def _agreed(accelerator: Any, told: bool) -> bool:
 def _out_of_memory(config: TrainConfig) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU_FULL in str(error)
+        if not known:
+            raise
         lower = [f"accumulation={2 * config.accumulation}"] if config.accumulation < config.batch_size else []
         lower += [] if config.gradient_checkpointing else ["gradient_checkpointing=True"]
         lower += ["mixed_precision='bf16'"] if config.mixed_precision == "no" else []

@@ -27,9 +27,10 @@ import customdiff_kernels as ck
 
 from . import augment, data
 from .base import EMBEDDED, is_embedded
-from .concept import Concept, Rows, TextFeatures, added_conditions, encode_prompts, text_encoders
+from .concept import Concept, Rows, TextFeatures, added_conditions, encode_prompts, text_encoders, tokenize
 from .config import TrainConfig
 from .learned import Learned
+from .modifier import initial_rows
 from .views import Pictures, Views, choose, content_hash, read_pixels
 
 FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
@@ -90,10 +91,6 @@ class Training:
             )
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction = self.scheduler.config.prediction_type
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"base predicts {self.prediction!r}; the trainer knows 'epsilon' and 'v_prediction'"
-            )
         self.device = pipeline.unet.device
         source = pipeline.name_or_path or config.base or "unnamed"
         self.embedded = is_embedded(source)
@@ -102,9 +99,17 @@ class Training:
         self.resolution = _resolution(config, pipeline)
 
         self.learned = Learned(config, pipeline, start)
-        self.optimizer = self.accelerator.prepare(_optimizer(config, self.learned, self.device))
-        self._read_texts(pictures)  # first: a bad prompt fails before the pictures are encoded
+        try:
+            self.optimizer = self.accelerator.prepare(_optimizer(config, self.learned, self.device))
+            self._read_texts(pictures)  # first: a bad prompt fails before the pictures are encoded
+            self._read_pictures(pictures)
+        except BaseException:
+            self.release()
+            raise
 
+    def _read_pictures(self, pictures: Sequence[Pictures]) -> None:
+        """Encodes all pictures, as often as they are drawn from."""
+        config, pipeline = self.config, self.pipeline
         pixels = [read_pixels(each.concept, self.resolution, config.crop) for each in pictures]
         prior = [
             read_pixels(each.regularization, self.resolution, config.crop)
@@ -154,7 +159,8 @@ class Training:
     def draw(self) -> Batch:
         """The next step's draws, on the CPU: alike on every device and in every process."""
         config, generator, count = self.config, self.generator, self.config.batch_size
-        concepts = (torch.arange(count) + self.steps_done * count) % len(config.subjects)  # in turn
+        turns = torch.arange(count) + self.steps_done * count  # of the concepts, and of their regularization
+        concepts = turns % len(config.subjects)
         views = self.views.draw(concepts, generator)
         texts = choose([range(len(subject.prompts)) for subject in config.subjects], concepts, generator)
         prompts = [
@@ -163,7 +169,7 @@ class Training:
         ]
         prior, dropped = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
         if self.prior_latents is not None:
-            prior = choose(self.prior, torch.arange(count) % len(self.prior), generator)
+            prior = choose(self.prior, turns % len(self.prior), generator)
             dropped = torch.rand(count, generator=generator) < config.caption_dropout
         shape = (count + len(prior), *self.views.latents.mean.shape[1:])
         posterior, noise = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -237,8 +243,15 @@ class Training:
     def _read_texts(self, pictures: Sequence[Pictures]) -> None:
         """Looks at every text there may be, and keeps the features of those that stay what they are."""
         config = self.config
+        words = {**self.learned.kept, **self.learned.rows}
+        for prompt in config.validation_prompts:
+            Concept({}, words).check_prompt(prompt)
+        tokenize(self.pipeline.tokenizer, config.validation_prompts, [words] * len(config.validation_prompts))
         captions = [caption for each in pictures for caption in each.captions]
         self.prior_text = self._encode([*captions, ""], {})
+        if self.pipeline.config.get("force_zeros_for_empty_prompt"):  # SDXL: what guidance samples against
+            for part in self.prior_text:
+                part[-1] = 0
         texts = [text for subject in config.subjects for text in subject.prompts]
         if config.resize:
             words = ("", *augment.SMALL_WORDS, *augment.LARGE_WORDS)
@@ -309,7 +322,10 @@ class Training:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with data.replacing(path) as partial:
-            torch.save(state, partial)
+            try:
+                torch.save(state, partial)
+            except RuntimeError as error:  # as torch says that a disk is full
+                raise OSError(f"checkpoint {str(path)!r} cannot be written ({error}); make room") from error
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint of the same configuration, base and pictures."""
@@ -348,6 +364,15 @@ class Training:
         self.steps_done = state["steps_done"]
 
 
+def check_base(config: TrainConfig, pipeline: Any) -> None:
+    """Raises ValueError for what the base cannot do, before any picture is drawn or encoded."""
+    prediction = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"base predicts {prediction!r}; the trainer knows 'epsilon' and 'v_prediction'")
+    _resolution(config, pipeline)
+    initial_rows(config, pipeline)
+
+
 def new_accelerator(config: TrainConfig, device: torch.device) -> Any:
     """accelerate's view of this process: mixed precision, the other processes, trackers."""
     from accelerate import Accelerator
@@ -356,7 +381,9 @@ def new_accelerator(config: TrainConfig, device: torch.device) -> Any:
 
     if config.log_with and config.log_with not in get_available_trackers():
         raise ValueError(f"log_with={config.log_with!r} needs its package: pip install {config.log_with}")
-    AcceleratorState._reset_state()  # else a second run in one process could not have another precision
+    # else a second run in one process could have neither another precision nor another device
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=not several)
     folder = Path(config.output).with_suffix(".logs")
     return Accelerator(
         cpu=device.type == "cpu",

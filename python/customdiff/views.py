@@ -64,6 +64,13 @@ class Views:
         self.whole: list[range] = []
         self.resized: list[range] = []
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        side = pixels[0].shape[-1]
+        least = 2 * factor - 1  # pixels that cover a whole one of the latents wherever they lie
+        if config.resize and round(config.resize_from * side) < least:
+            raise ValueError(
+                f"resize_from={config.resize_from:g} of {side} pixels may cover no whole latent pixel, "
+                f"of {factor}: give at least {least / side:.2g}"
+            )
         for subject, pictures in zip(config.subjects, pixels, strict=True):
             moved = augment.shifted(pictures, config.copies, config.shift, generator)
             if config.flip and len(moved) == len(pictures):
