@@ -16,7 +16,7 @@ from PIL import Image
 from training_runs import config, folders, load, several, training_of  # noqa: F401
 
 import customdiff_kernels as ck
-from customdiff import Concept, trainer, training
+from customdiff import Concept, checkpoint, trainer, training
 from customdiff.config import Stopped
 from customdiff.generated import generate
 from customdiff.views import Pictures
@@ -367,7 +367,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(config, tmp_path):
     with training_of(config) as run, pytest.raises(OSError, match="checkpoint '.*' cannot be written"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         try:
-            run.checkpoint(path)
+            checkpoint.save(run, path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]

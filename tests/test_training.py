@@ -11,7 +11,7 @@ from training_runs import config, folders, keep_gradients, load, several, traini
 
 import customdiff_kernels as ck
 import tinysd
-from customdiff import augment, base, training
+from customdiff import augment, base, texts, training
 from customdiff.concept import Concept, TextFeatures
 from customdiff.config import EMBEDDED_LEARNING_RATE, TrainConfig
 
@@ -246,7 +246,7 @@ def test_dropped_captions_are_the_empty_prompt(config):  # noqa: F811
         chosen = dataclasses.replace(config, caption_dropout=share)
         with training_of(chosen) as run:
             if captions is not None:
-                run.prior_text = run._encode([*captions, ""], {})
+                run.texts = texts.Texts(chosen, run.pipeline, run.learned.rows, {}, captions)
             return run.step()
 
     assert loss(1.0) == loss(0.0, [""] * 4) != loss(0.0)
@@ -345,7 +345,7 @@ def test_a_category_without_a_modifier_token(config):  # noqa: F811
     with training_of(chosen) as run:
         run.step()
         concept = run.concept()
-        assert run.fixed_text is not None and len(run.learned.parameters()) == 1
+        assert run.texts._fixed is not None and len(run.learned.parameters()) == 1
     assert not concept.modifier_tokens and all(change.any() for change in concept.delta.values())
 
 
@@ -419,7 +419,9 @@ def test_sdxl_trains_a_row_for_each_text_encoder(tmp_path, config):  # noqa: F81
         batch = run.draw()
         run.loss(batch, 2, 0).backward()
         concept = run.concept()
-        assert not any(part[-1].any() for part in run.prior_text), "what it is sampled against"
+        captioned = texts.Texts(run.config, pipeline, run.learned.rows, {}, ["a dog"])
+        empty = captioned.of_captions(torch.tensor([0]), torch.tensor([True]))
+        assert not any(part.any() for part in empty), "what it is sampled against"
     latents = run.views.latents.at(batch.views, batch.posterior) * reference.vae.config.scaling_factor
     noisy = run.scheduler.add_noise(latents, batch.noise, batch.timesteps)
     prompts = [prompt.replace("<new1>", "ktn") for prompt in batch.prompts]

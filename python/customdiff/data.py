@@ -179,6 +179,11 @@ def encode(vae: Any, pixels: Tensor, batch_size: int = 8) -> Latents:
     return Latents(torch.cat(means), torch.cat(stds))
 
 
+def beside(output: Path, what: str) -> Path:
+    """The folder of a file's further files: concept.validation of concept.safetensors."""
+    return output.with_name(f"{output.name.removesuffix('.safetensors')}.{what}")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: it takes the place of `path` when the block ends well, and goes when

@@ -15,7 +15,7 @@ import customdiff_kernels as ck
 
 from .base import default_guidance, is_embedded
 from .config import GENERATED, TrainConfig
-from .data import replacing
+from .data import beside, replacing
 from .sampler import sample
 from .views import Pictures, regularization
 
@@ -51,7 +51,7 @@ def generate_missing(
 
 def folder_of(config: TrainConfig, number: int) -> Path:
     """Where the pictures of concept `number`, counted from 1, are generated."""
-    return Path(config.output).with_suffix(f".generated-{number}")
+    return beside(Path(config.output), f"generated-{number}")
 
 
 def generate(

@@ -32,7 +32,8 @@ class Learned:
 
     def __init__(self, config: TrainConfig, pipeline: Any, start: Concept | None = None):
         unet = pipeline.unet
-        self.base = ck.KVStack.from_unet(unet).to(torch.float32).clone()
+        live = ck.KVStack.from_unet(unet)
+        self.base, self._of_base = live.to(torch.float32).clone(), base_metadata(live)
         if config.weights in ("cross-attention", "unet") and unet.dtype != torch.float32:
             raise ValueError(
                 f"weights={config.weights!r} trains the UNet's own weights, which are {unet.dtype}; load the "
@@ -41,7 +42,7 @@ class Learned:
         weight = self.base.weight.clone()
         self.rows: dict[str, tuple[Tensor, ...]] = {}
         if start is not None:
-            start = start.of(unet if start.others else self.base)
+            start = start.of(unet if start.others else live)
             if taken := [
                 s.modifier_token for s in config.subjects if s.modifier_token in start.modifier_tokens
             ]:
@@ -112,7 +113,7 @@ class Learned:
             words[word] = parts if len(parts) > 1 else parts[0]
         others = {name: (p.detach() - self._originals[name]).cpu() for name, p in self.others.items()}
         others |= self._stays  # not read off the UNet, which may be in half precision
-        return Concept(delta, words, {**base_metadata(base), **metadata}, others=others)
+        return Concept(delta, words, {**self._of_base, **metadata}, others=others)
 
     @torch.no_grad()
     def release(self) -> None:

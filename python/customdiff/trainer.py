@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from . import checkpoint
 from .attention import patched
 from .base import load_base, usable_device
 from .concept import Concept
@@ -71,6 +72,8 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
     """
     started = time.perf_counter()
     output = _usable_output(config)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     pictures = Pictures.read(config)  # before the base: a wrong folder should not cost a model's loading
     start = None if config.start_from is None else Concept.load(config.start_from)
     ours = pipeline is None
@@ -103,12 +106,13 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
 
 def _run(training: Training, output: Path, progress: bool) -> tuple[tuple[float, ...], float]:
     """All steps that are left; returns their losses and pictures a second."""
-    config, accelerator, checkpoint = training.config, training.accelerator, _checkpoint_of(output)
+    config, accelerator, file = training.config, training.accelerator, _checkpoint_of(output)
     writes = accelerator.is_main_process
-    if config.resume and checkpoint.is_file():
-        training.restore(checkpoint)
+    if config.resume and file.is_file():
+        checkpoint.restore(training, file)
     elif config.resume and writes:
-        warnings.warn(f"resume: there is no checkpoint {str(checkpoint)!r}; starting anew", stacklevel=3)
+        warnings.warn(f"resume: there is no checkpoint {str(file)!r}; starting anew", stacklevel=3)
+    _check_same_step(training)
     losses: list[float] = []
     rate = 0.0
     bar = tqdm(
@@ -132,14 +136,29 @@ def _run(training: Training, output: Path, progress: bool) -> tuple[tuple[float,
             if writes and config.keep_every and done % config.keep_every == 0:
                 training.concept().save(_kept(output, done))
             if writes and (told or config.checkpoint_every and done % config.checkpoint_every == 0):
-                training.checkpoint(checkpoint)
+                checkpoint.save(training, file)
             if told and done < config.steps:
                 accelerator.wait_for_everyone()
                 raise Stopped(
                     f"stopped after {done} of {config.steps} steps; go on with resume (--resume) from "
-                    f"{str(checkpoint)!r}"
+                    f"{str(file)!r}"
                 )
     return tuple(losses), rate
+
+
+def _check_same_step(training: Training) -> None:
+    """Raises ValueError where the processes would go on from different steps, and then wait for one another
+    without end.
+    """
+    accelerator, done = training.accelerator, training.steps_done
+    if accelerator.num_processes > 1:
+        steps = torch.tensor(float(done), device=accelerator.device)
+        total = accelerator.reduce(steps, "sum")
+        if float(total) != done * accelerator.num_processes:
+            raise ValueError(
+                f"resume: process {accelerator.process_index} goes on from step {done}, others not; put the "
+                "output where every machine reads it"
+            )
 
 
 def _check_finite(loss: float, training: Training) -> None:

@@ -11,8 +11,6 @@ not depend on how many there are, nor on how many passes each takes.
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,17 +23,16 @@ from torch import Tensor
 
 import customdiff_kernels as ck
 
-from . import augment, data
+from . import data
 from .base import EMBEDDED, is_embedded
-from .concept import Concept, Rows, TextFeatures, added_conditions, encode_prompts, text_encoders, tokenize
+from .concept import Concept, TextFeatures, added_conditions, text_encoders
 from .config import TrainConfig
 from .learned import Learned
 from .modifier import initial_rows
+from .texts import Texts, joined
 from .views import Pictures, Views, choose, content_hash, read_pixels
 
 FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
-TEXT_BATCH = 32
-CHECKPOINT_FORMAT = 2
 
 
 class Batch(NamedTuple):
@@ -101,7 +98,9 @@ class Training:
         self.learned = Learned(config, pipeline, start)
         try:
             self.optimizer = self.accelerator.prepare(_optimizer(config, self.learned, self.device))
-            self._read_texts(pictures)  # first: a bad prompt fails before the pictures are encoded
+            captions = [caption for each in pictures for caption in each.captions]
+            with self.accelerator.autocast():  # texts first: a bad one fails before the pictures are encoded
+                self.texts = Texts(config, pipeline, self.learned.rows, self.learned.kept, captions)
             self._read_pictures(pictures)
         except BaseException:
             self.release()
@@ -141,8 +140,11 @@ class Training:
                 parameter.grad = torch.zeros_like(parameter)
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total, "sum")
-            for parameter in self.learned.parameters():
-                parameter.grad = accelerator.reduce(parameter.grad, "sum")
+            parameters = self.learned.parameters()
+            grads = [parameter.grad.flatten() for parameter in parameters]
+            whole = accelerator.reduce(torch.cat(grads), "sum").split([len(grad) for grad in grads])
+            for parameter, grad in zip(parameters, whole, strict=True):
+                parameter.grad = grad.view_as(parameter)
         rates = dict(zip(("weights", "rows"), self.rates, strict=True))
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["of"]]
@@ -164,7 +166,7 @@ class Training:
         views = self.views.draw(concepts, generator)
         texts = choose([range(len(subject.prompts)) for subject in config.subjects], concepts, generator)
         prompts = [
-            self._prompt(concept, text, self.views.words[view])
+            self.texts.prompt(concept, text, self.views.words[view])
             for concept, text, view in zip(concepts.tolist(), texts.tolist(), views.tolist(), strict=True)
         ]
         prior, dropped = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
@@ -185,10 +187,10 @@ class Training:
         latents = self.views.latents.at(batch.views, batch.posterior[:count])
         masks = None if self.views.masks is None else self.views.masks[batch.views.to(self.device)]
         with self.accelerator.autocast():
-            text = self._concept_text(batch.prompts)
+            text = self.texts.of_prompts(batch.prompts)
             if len(batch.prior):
                 latents = torch.cat([latents, self.prior_latents.at(batch.prior, batch.posterior[count:])])
-                text = _joined(text, self._prior_text(batch))
+                text = joined(text, self.texts.of_captions(batch.prior, batch.dropped))
                 if masks is not None:
                     masks = torch.cat([masks, masks.new_ones(len(batch.prior), *masks.shape[1:])])
             losses = self._losses(latents, text, batch.noise, batch.timesteps, masks)
@@ -238,57 +240,6 @@ class Training:
         snr = alpha / (1 - alpha)
         return snr.clamp(max=self.config.min_snr_gamma) / (snr + 1 if v else snr)
 
-    # text
-
-    def _read_texts(self, pictures: Sequence[Pictures]) -> None:
-        """Looks at every text there may be, and keeps the features of those that stay what they are."""
-        config = self.config
-        words = {**self.learned.kept, **self.learned.rows}
-        for prompt in config.validation_prompts:
-            Concept({}, words).check_prompt(prompt)
-        tokenize(self.pipeline.tokenizer, config.validation_prompts, [words] * len(config.validation_prompts))
-        captions = [caption for each in pictures for caption in each.captions]
-        self.prior_text = self._encode([*captions, ""], {})
-        if self.pipeline.config.get("force_zeros_for_empty_prompt"):  # SDXL: what guidance samples against
-            for part in self.prior_text:
-                part[-1] = 0
-        texts = [text for subject in config.subjects for text in subject.prompts]
-        if config.resize:
-            words = ("", *augment.SMALL_WORDS, *augment.LARGE_WORDS)
-            texts = [
-                self._prompt(i, j, word)
-                for i, subject in enumerate(config.subjects)
-                for j in range(len(subject.prompts))
-                for word in (("",) if subject.style else words)
-            ]
-        self.texts = list(dict.fromkeys(texts))
-        fixed = self._encode(self.texts, self.learned.rows)
-        self.fixed_text = None if any(_trains(rows) for rows in self.learned.rows.values()) else fixed
-
-    def _prompt(self, concept: int, number: int, words: str) -> str:
-        prompts, place = self.config.subjects[concept].prompts, self.config.size_words
-        return augment.sized(prompts[0 if words and place == "before" else number], words, place)
-
-    def _concept_text(self, prompts: list[str]) -> TextFeatures:
-        """Features of the concepts' prompts; each that differs runs through the text encoder once."""
-        if self.fixed_text is not None:
-            return _rows(self.fixed_text, torch.tensor([self.texts.index(text) for text in prompts]))
-        distinct = list(dict.fromkeys(prompts))
-        features = encode_prompts(self.pipeline, distinct, self.learned.rows)
-        return _rows(features, torch.tensor([distinct.index(text) for text in prompts]))
-
-    def _prior_text(self, batch: Batch) -> TextFeatures:
-        empty = len(self.prior_text.context) - 1
-        return _rows(self.prior_text, torch.where(batch.dropped, empty, batch.prior))
-
-    @torch.no_grad()
-    def _encode(self, texts: Sequence[str], rows: Rows) -> TextFeatures:
-        chunks = [texts[i : i + TEXT_BATCH] for i in range(0, len(texts), TEXT_BATCH)]
-        with self.accelerator.autocast():
-            return _joined(*(encode_prompts(self.pipeline, chunk, rows) for chunk in chunks))
-
-    # what it leaves
-
     def concept(self) -> Concept:
         """What was learned so far."""
         prompts = [prompt for subject in self.config.subjects for prompt in subject.prompts]
@@ -305,63 +256,6 @@ class Training:
     def release(self) -> None:
         """Gives the base its weights back."""
         self.learned.release()
-
-    def checkpoint(self, path: Path) -> None:
-        """Writes all that `restore` needs for the same bits as an unbroken run."""
-        scaler = getattr(self.accelerator, "scaler", None)
-        state = {
-            "format": CHECKPOINT_FORMAT,
-            "config": json.dumps(self.config.mathematics()),
-            "base_hash": self.learned.base.hash(),
-            "pictures_hash": self.pictures_hash,
-            "steps_done": self.steps_done,
-            "learned": self.learned.state(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "scaler": {} if scaler is None else scaler.state_dict(),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with data.replacing(path) as partial:
-            try:
-                torch.save(state, partial)
-            except RuntimeError as error:  # as torch says that a disk is full
-                raise OSError(f"checkpoint {str(path)!r} cannot be written ({error}); make room") from error
-
-    def restore(self, path: Path) -> None:
-        """Goes on from a checkpoint of the same configuration, base and pictures."""
-        try:
-            if part := zipfile.ZipFile(path).testzip():  # torch checks no sums
-                raise ValueError(f"{part} has another checksum")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            version = state.get("format")
-        except Exception as error:  # of a damaged file torch raises nearly anything
-            raise ValueError(
-                f"resume: checkpoint {str(path)!r} is damaged ({error}); start without resume"
-            ) from error
-        if version != CHECKPOINT_FORMAT:
-            raise ValueError(
-                f"resume: checkpoint {str(path)!r} is of format {version}, and this version reads "
-                f"{CHECKPOINT_FORMAT}; start without resume"
-            )
-        theirs, ours = json.loads(state["config"]), json.loads(json.dumps(self.config.mathematics()))
-        if changed := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
-            raise ValueError(
-                f"resume: checkpoint {str(path)!r} was made with other values of {', '.join(changed)}"
-            )
-        if state["base_hash"] != self.learned.base.hash():
-            raise ValueError(f"resume: checkpoint {str(path)!r} belongs to another base model")
-        if state["pictures_hash"] != self.pictures_hash:
-            raise ValueError(
-                f"resume: checkpoint {str(path)!r} was made with other pictures or captions; "
-                "put them back, or start without resume"
-            )
-        with torch.no_grad():
-            self.learned.load_state(state["learned"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        if state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.steps_done = state["steps_done"]
 
 
 def check_base(config: TrainConfig, pipeline: Any) -> None:
@@ -384,7 +278,7 @@ def new_accelerator(config: TrainConfig, device: torch.device) -> Any:
     # else a second run in one process could have neither another precision nor another device
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=not several)
-    folder = Path(config.output).with_suffix(".logs")
+    folder = data.beside(Path(config.output), "logs")
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=config.mixed_precision,
@@ -412,21 +306,6 @@ def _resolution(config: TrainConfig, pipeline: Any) -> int:
     if resolution % factor:
         raise ValueError(f"resolution must be a multiple of {factor}, got {resolution}")
     return resolution
-
-
-def _rows(text: TextFeatures, index: Tensor) -> TextFeatures:
-    index = index.to(text.context.device)
-    return TextFeatures(text.context[index], None if text.pooled is None else text.pooled[index])
-
-
-def _joined(*texts: TextFeatures) -> TextFeatures:
-    pooled = [text.pooled for text in texts]
-    together = None if pooled[0] is None else torch.cat(pooled)
-    return TextFeatures(torch.cat([text.context for text in texts]), together)
-
-
-def _trains(rows: Sequence[Tensor]) -> bool:
-    return any(row.requires_grad for row in rows)
 
 
 @contextmanager

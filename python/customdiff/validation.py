@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .base import default_guidance
-from .data import replacing
+from .data import beside, replacing
 from .sampler import sample
 from .sheet import contact_sheet
 from .training import Training
@@ -26,7 +26,7 @@ class Validation:
 
     def __init__(self, training: Training, output: Path):
         self.training, self.config = training, training.config
-        self.folder = output.with_suffix(".validation")
+        self.folder = beside(output, "validation")
 
     def __enter__(self) -> Validation:
         if self.config.log_with:
@@ -45,7 +45,7 @@ class Validation:
         if not training.accelerator.is_main_process:
             return
         if self.config.log_with:
-            weights, rows = training.rates
+            weights, rows = training.config.rates(done - 1, training.embedded)
             values = {"loss": loss, "learning_rate": weights, "embedding_learning_rate": rows}
             training.accelerator.log(values, step=done)
         if self.config.validation_prompts and done % self.config.validation_every == 0:

@@ -17,6 +17,8 @@ from . import augment, data
 from .concept import mentions
 from .config import GENERATED, ConceptConfig, TrainConfig
 
+CHUNK = 8  # pictures whose views are in memory at a time, at full size
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -60,7 +62,9 @@ class Views:
     """
 
     def __init__(self, config: TrainConfig, pixels: Sequence[Tensor], vae: Any, generator: torch.Generator):
-        made, masks, self.words = [], [], []
+        made: list[data.Latents] = []
+        masks: list[Tensor] = []
+        self.words: list[str] = []
         self.whole: list[range] = []
         self.resized: list[range] = []
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -71,22 +75,20 @@ class Views:
                 f"resize_from={config.resize_from:g} of {side} pixels may cover no whole latent pixel, "
                 f"of {factor}: give at least {least / side:.2g}"
             )
+        kinds = [(self.whole, _moved), *([(self.resized, _resized)] if config.resize else [])]
         for subject, pictures in zip(config.subjects, pixels, strict=True):
-            moved = augment.shifted(pictures, config.copies, config.shift, generator)
-            if config.flip and len(moved) == len(pictures):
-                moved = moved.repeat(config.copies, 1, 1, 1)
-            parts = [(moved, torch.ones_like(moved[:, :1]), [""] * len(moved))]
-            if config.resize:
-                parts.append(augment.resized(pictures, config.copies, config.resize_from, generator))
-            for (views, mask, words), kind in zip(parts, (self.whole, self.resized), strict=False):
-                if config.flip:
-                    views, mask = augment.flipped(views, mask, generator)
-                kind.append(range(len(self.words), len(self.words) + len(words)))
-                self.words += [""] * len(words) if subject.style else words
-                made.append(views)
-                masks.append(mask)
-        self.latents = data.encode(vae, torch.cat(made))
-        valid = (F.avg_pool2d(torch.cat(masks), factor) == 1).float().to(self.latents.mean.device)
+            for kind, make in kinds:
+                first = len(self.words)
+                for some in pictures.split(CHUNK):
+                    views, mask, words = make(config, some, generator)
+                    if config.flip:
+                        views, mask = augment.flipped(views, mask, generator)
+                    self.words += [""] * len(words) if subject.style else words
+                    made.append(data.encode(vae, views))
+                    masks.append(F.avg_pool2d(mask, factor) == 1)
+                kind.append(range(first, len(self.words)))
+        self.latents = data.Latents(*(torch.cat(parts) for parts in zip(*made, strict=True)))
+        valid = torch.cat(masks).float().to(self.latents.mean.device)
         self.masks = None if bool(valid.all()) else valid
         self.share = config.resize
 
@@ -97,6 +99,17 @@ class Views:
             return chosen
         other = choose(self.resized, concepts, generator)
         return torch.where(torch.rand(len(concepts), generator=generator) < self.share, other, chosen)
+
+
+def _moved(config: TrainConfig, pictures: Tensor, generator: torch.Generator) -> augment.Resized:
+    moved = augment.shifted(pictures, config.copies, config.shift, generator)
+    if config.flip and len(moved) == len(pictures):
+        moved = moved.repeat(config.copies, 1, 1, 1)
+    return augment.Resized(moved, torch.ones_like(moved[:, :1]), [""] * len(moved))
+
+
+def _resized(config: TrainConfig, pictures: Tensor, generator: torch.Generator) -> augment.Resized:
+    return augment.resized(pictures, config.copies, config.resize_from, generator)
 
 
 def choose(among: Sequence[range], which: Tensor, generator: torch.Generator) -> Tensor:
