@@ -88,7 +88,7 @@ def test_ranks_as_float64_cosines_do_and_train_reads_the_folder(images, scenes, 
     assert json.loads((output / "retrieval.json").read_text()) == report
     assert report["prompts"] == ["photo of a dog"] and report["text_encoder"]["space"] == "projected"
 
-    read = Pictures.read(TrainConfig(images=str(output), prompts=(PROMPT,), regularization=str(output)))
+    (read,) = Pictures.read(TrainConfig(images=str(output), prompts=(PROMPT,), regularization=str(output)))
     assert read.captions == [scenes[i][1] for i in found]
     for path, i in zip(read.regularization, found, strict=True):
         assert data.open_picture(path).tobytes() == scenes[i][0].tobytes()
