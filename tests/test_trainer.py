@@ -219,6 +219,21 @@ def stop_at(run, step):
         raise KeyboardInterrupt
 
 
+def test_resume_knows_the_concept_that_it_started_from(config, tmp_path, monkeypatch):  # noqa: F811
+    first = trainer.train(config, progress=False)
+    other = {"modifier_token": "<new2>", "prompts": ("a <new2> cat",), "start_from": config.output}
+    second = dataclasses.replace(config, output=str(tmp_path / "second"), checkpoint_every=2, **other)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Validation, "after_step", lambda v, _: stop_at(v.training, 3))
+        trainer.train(second, progress=False)
+    kept = first.output.read_bytes()
+    trainer.train(dataclasses.replace(config, seed=1, overwrite=True), progress=False)
+    with pytest.raises(ValueError, match="with other values of the content of start_from"):
+        trainer.train(dataclasses.replace(second, resume=True), progress=False)
+    first.output.write_bytes(kept)
+    assert len(trainer.train(dataclasses.replace(second, resume=True), progress=False).losses) == 2
+
+
 def test_concepts_kept_on_the_way(config, tmp_path):  # noqa: F811
     result = trainer.train(dataclasses.replace(config, keep_every=2), progress=False)
     kept = [Concept.load(tmp_path / f"concept-{step:06}.safetensors") for step in (2, 4)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .config import TrainConfig
 from .data import replacing
 from .training import Training
 
@@ -22,7 +25,7 @@ def save(run: Training, path: Path) -> None:
     scaler = getattr(run.accelerator, "scaler", None)
     state = {
         "format": FORMAT,
-        "config": json.dumps(run.config.mathematics()),
+        "config": json.dumps(_depends_on(run.config)),
         "base_hash": run.learned.base.hash(),
         "pictures_hash": run.pictures_hash,
         "steps_done": run.steps_done,
@@ -55,7 +58,7 @@ def restore(run: Training, path: Path) -> None:
             f"resume: checkpoint {str(path)!r} is of format {version}, and this version reads "
             f"{FORMAT}; start without resume"
         )
-    theirs, ours = json.loads(state["config"]), json.loads(json.dumps(run.config.mathematics()))
+    theirs, ours = json.loads(state["config"]), json.loads(json.dumps(_depends_on(run.config)))
     if changed := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
         raise ValueError(
             f"resume: checkpoint {str(path)!r} was made with other values of {', '.join(changed)}"
@@ -74,3 +77,14 @@ def restore(run: Training, path: Path) -> None:
     if state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.steps_done = state["steps_done"]
+
+
+def _depends_on(config: TrainConfig) -> dict[str, Any]:
+    """What must be the same to go on: the configuration, and what stands in the files that it names."""
+    files = {name: getattr(config, name) for name in ("start_from", "rare_captions")}
+    content = {
+        f"the content of {name}": hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        for name, file in files.items()
+        if file is not None
+    }
+    return {**config.mathematics(), **content}
