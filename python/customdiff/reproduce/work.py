@@ -75,7 +75,7 @@ def _generated(job: Job, out: Path) -> Result:
 def _reference(job: Job, out: Path) -> Result:
     """What a concept's samples are measured by: the detector's limit, CLIP embeddings of real pictures."""
     concept = world.concepts()[job.settings["concept"]]
-    clip, embeddings = Clip(tinysd.clip_path()), {}
+    clip, embeddings = load_clip(), {}
     for name, category in (("validation", concept.subject.category), ("unrelated", None)):
         real = [picture for picture, _ in validation(category, job.settings["count"], VALIDATION_SEED)]
         embeddings[name] = clip.image_embeddings(real).contiguous()
@@ -192,7 +192,7 @@ def _score(job: Job, out: Path) -> Result:
         if count := settings[name]:
             captions = [caption for _, caption in validation(category, count, VALIDATION_SEED)]
             drawn = _draw(captions, plain, settings["denoising"], 1000 * settings["seed"])
-            samples = Clip(tinysd.clip_path()).image_embeddings(drawn)
+            samples = load_clip().image_embeddings(drawn)
             scores[f"kid_{name}"] = kid(samples, load_file(path_of(reference, out))[name])[0]
     return scores
 
@@ -214,7 +214,7 @@ def _situations(job: Job) -> list[Any]:
 
 def _scores(job: Job, out: Path, pictures: list[Image.Image], texts: Sequence[str]) -> Result:
     """Alignment with the texts and with each concept's pictures, and what the detector sees."""
-    clip = Clip(tinysd.clip_path())
+    clip = load_clip()
     features = clip.image_features(pictures)
     scores: Result = {"text": float((features * clip.text_features(texts)).sum(-1).mean())}
     own = [other for other in job.needs if other.kind == "pictures"]
