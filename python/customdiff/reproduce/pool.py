@@ -87,13 +87,15 @@ def _child(job: Job, out: Path, workers: int) -> None:
     try:
         import torch
 
+        from ..base import usable_device
+        from ..trainer import peak_memory
         from . import work
 
         if workers > 1 and not job.alone:
             torch.set_num_threads(1)  # more would wait for one another
         started = time.perf_counter()
         result = work.run(job, out)
-        spent = {"peak_memory": _peak_memory(), "job_seconds": time.perf_counter() - started}
+        spent = {"peak_memory": peak_memory(usable_device()), "job_seconds": time.perf_counter() - started}
         write_result(job, out, {**result, **spent})
     except Exception:
         traceback.print_exc()
@@ -106,18 +108,6 @@ def _end_with_the_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where one computes, else of the process, its libraries and the base included."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows, where forkserver is not either
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _last_line(job: Job, out: Path, exitcode: int | None) -> str:
