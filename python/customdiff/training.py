@@ -26,7 +26,7 @@ import customdiff_kernels as ck
 from . import data
 from .base import EMBEDDED, is_embedded
 from .concept import Concept, TextFeatures, added_conditions, text_encoders
-from .config import TrainConfig
+from .config import GENERATED, TrainConfig
 from .learned import Learned
 from .modifier import initial_rows
 from .texts import Texts, joined
@@ -264,7 +264,8 @@ def check_base(config: TrainConfig, pipeline: Any) -> None:
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"base predicts {prediction!r}; the trainer knows 'epsilon' and 'v_prediction'")
     _resolution(config, pipeline)
-    initial_rows(config, pipeline)
+    if any(subject.regularization == GENERATED for subject in config.subjects):
+        initial_rows(config, pipeline)  # as the run itself does soon where nothing is drawn first
 
 
 def new_accelerator(config: TrainConfig, device: torch.device) -> Any:
