@@ -26,7 +26,7 @@ def save(run: Training, path: Path) -> None:
     state = {
         "format": FORMAT,
         "config": json.dumps(_depends_on(run.config)),
-        "base_hash": run.learned.base.hash(),
+        "base_hash": run.learned.base_hash,
         "pictures_hash": run.pictures_hash,
         "steps_done": run.steps_done,
         "learned": run.learned.state(),
@@ -63,7 +63,7 @@ def restore(run: Training, path: Path) -> None:
         raise ValueError(
             f"resume: checkpoint {str(path)!r} was made with other values of {', '.join(changed)}"
         )
-    if state["base_hash"] != run.learned.base.hash():
+    if state["base_hash"] != run.learned.base_hash:
         raise ValueError(f"resume: checkpoint {str(path)!r} belongs to another base model")
     if state["pictures_hash"] != run.pictures_hash:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from .concept import Concept, Row, base_metadata
 from .config import TrainConfig
 from .modifier import initial_rows
 
-_KEY_VALUE = re.compile(r"attn2\.to_[kv]\.weight$")
 _QUERY_OUT = re.compile(r"attn2\.(to_q|to_out\.0)\.(weight|bias)$")
 
 
@@ -66,7 +66,7 @@ class Learned:
         if unknown := sorted(changes.keys() - parameters.keys()):
             raise ValueError(f"start_from changes weights that this UNet does not have: {unknown[:3]}")
         chosen = {
-            "unet": lambda name: not _KEY_VALUE.search(name),
+            "unet": lambda name: name not in self.base,
             "cross-attention": lambda name: bool(_QUERY_OUT.search(name)),
         }.get(weights, lambda name: False)
         touched = {name: p for name, p in parameters.items() if chosen(name) or name in changes}
@@ -79,6 +79,11 @@ class Learned:
                 touched[name].add_(change.to(touched[name]))
         for parameter in self.others.values():
             parameter.requires_grad_(True)
+
+    @cached_property
+    def base_hash(self) -> str:
+        """Of the keys and values that the run changes."""
+        return self.base.hash()
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups of an optimizer: what learns at the rate of weights, and at that of V*."""

@@ -48,8 +48,8 @@ class Texts:
                 part[self._empty] = 0
         self._prompts = self._all_prompts()
         fixed = self._encode(self._prompts, rows)  # a bad one fails now, not at the step that draws it
-        self._trains = any(row.requires_grad for parts in rows.values() for row in parts)
-        self._fixed = None if self._trains else fixed
+        trains = any(row.requires_grad for parts in rows.values() for row in parts)
+        self._fixed = None if trains else fixed
 
     def prompt(self, concept: int, number: int, words: str) -> str:
         """The prompt `number` of a concept with its words of size; those that stand first want the first."""
