@@ -162,6 +162,20 @@ def read_captions(path: str | Path) -> list[str]:
     return captions
 
 
+def scaled(vae: Any, latents: Tensor) -> Tensor:
+    """`latents` of the autoencoder (n, c, h, w) as the UNet takes them."""
+    return (latents - _shift(vae)) * vae.config.scaling_factor
+
+
+def unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """What `scaled` was given."""
+    return latents / vae.config.scaling_factor + _shift(vae)
+
+
+def _shift(vae: Any) -> float:
+    return vae.config.get("shift_factor") or 0.0
+
+
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor, batch_size: int = 8) -> Latents:
     """The autoencoder's posterior of `pixels` (n, 3, H, W), computed once and kept."""

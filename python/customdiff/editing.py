@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .attention import Layer, Recorder, Word, prompt_words, steered, word_positions
 from .concept import Concept, match
-from .data import encode, square, to_tensor, upright_rgb
+from .data import encode, scaled, square, to_tensor, upright_rgb
 from .sampler import check_pipeline, latent_size, one_each, sample
 
 BLEND_THRESHOLD = 0.3  # of the largest attention; this and the next as in the published code
@@ -249,7 +249,6 @@ def invert(
         raise TypeError(f"picture must be a PIL image, got {type(picture).__name__}")
     side = min(latent_size(pipe, None)) * pipe.vae_scale_factor
     mean = encode(pipe.vae, to_tensor([square(upright_rgb(picture), side)])).mean
-    config = pipe.vae.config
     return sample(
         pipe,
         prompt,
@@ -257,7 +256,7 @@ def invert(
         steps=steps,
         guidance_scale=1,
         scheduler=DDIMInverseScheduler.from_config(pipe.scheduler.config, clip_sample=False),
-        latents=(mean - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor,
+        latents=scaled(pipe.vae, mean),
         output="latents",
         progress=progress,
     )

@@ -106,8 +106,8 @@ class Learned:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
 
-    def concept(self, metadata: dict[str, Any]) -> Concept:
-        """What was learned so far, on the CPU."""
+    def concept(self, metadata: dict[str, Any], others: bool = True) -> Concept:
+        """What was learned so far, on the CPU; without ``others`` keys, values and V* alone."""
         weight, base = self.weight.detach(), self.base
         delta = {}
         if not torch.equal(weight, base.weight):
@@ -116,9 +116,11 @@ class Learned:
         for word, rows in self.rows.items():
             parts = tuple(row.detach().cpu().clone() for row in rows)
             words[word] = parts if len(parts) > 1 else parts[0]
-        others = {name: (p.detach() - self._originals[name]).cpu() for name, p in self.others.items()}
-        others |= self._stays  # not read off the UNet, which may be in half precision
-        return Concept(delta, words, {**self._of_base, **metadata}, others=others)
+        changes = {}
+        if others:
+            changes = {name: (p.detach() - self._originals[name]).cpu() for name, p in self.others.items()}
+            changes |= self._stays  # not read off the UNet, which may be in half precision
+        return Concept(delta, words, {**self._of_base, **metadata}, others=changes)
 
     @torch.no_grad()
     def release(self) -> None:

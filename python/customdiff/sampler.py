@@ -22,6 +22,7 @@ import customdiff_kernels as ck
 
 from .attention import patched
 from .concept import Concept, added_conditions, encode_prompts
+from .data import unscaled
 
 
 @torch.no_grad()
@@ -206,8 +207,7 @@ def project(stack: ck.KVStack, context: Tensor, concepts: Sequence[Concept | Non
 
 def decode(vae: torch.nn.Module, latents: Tensor, *, upcast: bool = False) -> Tensor:
     """Pictures (B,3,H,W) in 0..1, float32; ``upcast``: decoded in float32 too, whatever the VAE's dtype."""
-    latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
-    dtype = vae.dtype
+    latents, dtype = unscaled(vae, latents), vae.dtype
     if upcast:
         vae.float()
     try:

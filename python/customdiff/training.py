@@ -208,7 +208,7 @@ class Training:
         masks: Tensor | None = None,
     ) -> Tensor:
         """The weighted squared error (B,) of the UNet (paper, eq. 2), where the masks (B,1,h,w) are 1."""
-        latents = latents * self.pipeline.vae.config.scaling_factor
+        latents = data.scaled(self.pipeline.vae, latents)
         noise, timesteps = noise.to(latents), timesteps.to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         output = self._predict(noisy, timesteps, text)
@@ -240,8 +240,8 @@ class Training:
         snr = alpha / (1 - alpha)
         return snr.clamp(max=self.config.min_snr_gamma) / (snr + 1 if v else snr)
 
-    def concept(self) -> Concept:
-        """What was learned so far."""
+    def concept(self, others: bool = True) -> Concept:
+        """What was learned so far; without ``others`` keys, values and V* alone."""
         prompts = [prompt for subject in self.config.subjects for prompt in subject.prompts]
         metadata = {
             "base_name": self.base_name,
@@ -251,7 +251,7 @@ class Training:
             "step": self.steps_done,
             "training": asdict(self.config),
         }
-        return self.learned.concept(metadata)
+        return self.learned.concept(metadata, others)
 
     def release(self) -> None:
         """Gives the base its weights back."""

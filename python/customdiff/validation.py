@@ -53,8 +53,7 @@ class Validation:
 
     def _draw(self, done: int) -> None:
         training, prompts = self.training, list(self.config.validation_prompts)
-        # the other weights that train are on the UNet already
-        concept = dataclasses.replace(training.concept(), others={})
+        concept = training.concept(others=False)  # those are on the UNet already
         pictures = sample(
             training.pipeline,
             prompts,
