@@ -144,8 +144,8 @@ def test_an_output_that_cannot_be_written_fails_before_the_base_is_loaded(config
     config = dataclasses.replace(config, base=str(tmp_path / "no base"), overwrite=True)
     for output, message in (
         ("folder", "output '.*folder' is a folder"),
-        ("file/x/c.safetensors", "output '.*c.safetensors' cannot be written .*Not a directory"),
-        ("link/c.safetensors", "output '.*c.safetensors' cannot be written"),
+        ("file/x/c.safetensors", "output '.*c.safetensors' cannot be written: '.*file' is no folder"),
+        ("link/c.safetensors", "output '.*c.safetensors' cannot be written: '.*link' is no folder"),
         ("new/c.safetensors", "base '.*no base' is no pipeline"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -27,6 +25,7 @@ from .base import load_base, usable_device
 from .concept import Concept
 from .config import Stopped, TrainConfig
 from .generated import generate_missing
+from .output import check_writable, nearest_folder
 from .training import Training, check_base, frozen, new_accelerator
 from .validation import Validation
 from .views import Pictures
@@ -190,24 +189,12 @@ def _kept(output: Path, step: int) -> Path:
 def _usable_output(config: TrainConfig) -> Path:
     """``config.output``, where a file can be written; nothing is made yet."""
     output = Path(config.output)
-    if output.is_dir():
-        raise ValueError(
-            f"output {str(output)!r} is a folder; name a file, as {str(output / 'concept.safetensors')!r}"
-        )
+    check_writable(output)
     if output.exists() and not config.overwrite:
         raise FileExistsError(
             f"output {str(output)!r} exists; name another, or replace it with overwrite (--overwrite)"
         )
-    try:
-        tempfile.TemporaryFile(dir=_there(output)).close()
-    except OSError as error:
-        raise ValueError(f"output {str(output)!r} cannot be written ({error}); name another place") from error
     return output
-
-
-def _there(output: Path) -> Path:
-    """The nearest folder above `output` that exists."""
-    return next(folder for folder in output.absolute().parents if os.path.lexists(folder))
 
 
 def _check_space(output: Path, training: Training) -> None:
@@ -216,7 +203,7 @@ def _check_space(output: Path, training: Training) -> None:
     held = sum(tensor.nbytes for tensor in training.learned.state().values())
     concepts = 1 + (config.steps // config.keep_every if config.keep_every else 0)
     needed = held * (concepts + (6 if config.checkpoint_every else 0))
-    free = shutil.disk_usage(_there(output)).free
+    free = shutil.disk_usage(nearest_folder(output)).free
     if free < needed:
         raise OSError(
             f"output {str(output)!r}: the run writes up to {needed / 2**20:,.0f} MiB and the disk has "

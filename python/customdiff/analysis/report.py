@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..commands.common import check_writable
+from ..output import check_writable
 
 Table = Sequence[Sequence[Any]]  # lines of cells, the first of them the header
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..base import default_guidance
+from ..output import check_writable
 
 
 def positive(text: str) -> int:
@@ -32,17 +32,6 @@ def free_output(options: argparse.Namespace, folder: bool = False) -> Path:
     if output.exists() and not options.overwrite:
         raise ValueError(f"output {options.output!r} exists; name another, or pass --overwrite")
     return output
-
-
-def check_writable(file: Path, folder: bool = False) -> None:
-    """Raises before the work what writing `file`, or a `folder`, would raise after it; makes nothing."""
-    if file.is_dir():
-        if not folder:
-            raise ValueError(f"output {str(file)!r} is a folder; name a file")
-        file /= "file"
-    nearest = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"output {str(file)!r} cannot be written: {str(nearest)!r} is no folder to write to")
 
 
 def check_pictures(output: Path) -> None:

@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .common import check_writable, existing, segment_bar
+from ..output import check_writable
+from .common import existing, segment_bar
 
 SUMMARY = "Show what a concept file holds."
 EXAMPLES = """A segment's energy is its share of the sum of all singular values.

@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .common import add_base, add_cache, check_writable, positive
+from ..output import check_writable
+from .common import add_base, add_cache, positive
 
 SUMMARY = "Find regularization pictures in a captioned collection."
 EXAMPLES = """Captions stand in a .txt beside each picture, captions.csv or .jsonl, metadata.csv or
