@@ -5,6 +5,7 @@ from typing import Any
 
 _HOME = {  # imported on first use: the command line's --help needs no torch
     "Concept": ".concept",
+    "Residual": ".residual",
     "TrainConfig": ".config",
     "edit": ".editing",
     "encode_prompts": ".concept",

@@ -161,6 +161,20 @@ def base_metadata(stack: ck.KVStack) -> dict[str, str]:
     return {_hash_key(dtype): stack.to(dtype).hash() for dtype in dtypes}
 
 
+def check_base(what: str, metadata: Mapping[str, Any], stack: ck.KVStack) -> None:
+    """Raise ck.BaseMismatchError where ``what`` has the ``base_metadata`` of others than ``stack``."""
+    key = _hash_key(stack.weight.dtype)
+    expected = metadata.get(key)
+    if expected is None and "base_hash" in metadata:
+        warnings.warn(f"{what} cannot tell its base in bfloat16: its file has no {key}", stacklevel=3)
+    elif expected is not None and expected != stack.hash():
+        raise ck.BaseMismatchError(
+            f"{what} is of the base model {metadata.get('base_name', '(no name)')}, {key} {expected[:12]}, "
+            f"and the K/V weights of this UNet have {stack.hash()[:12]}: load that base, without another "
+            "delta in it"
+        )
+
+
 @dataclass
 class Concept:
     """What one training run learned, or several merged.
@@ -212,18 +226,7 @@ class Concept:
 
     def check_base(self, stack: ck.KVStack) -> None:
         """Raise ck.BaseMismatchError unless ``stack`` holds the very weights that the delta is of."""
-        key = _hash_key(stack.weight.dtype)
-        expected = self.metadata.get(key)
-        if expected is None and "base_hash" in self.metadata:
-            warnings.warn(
-                f"concept {self} cannot tell its base in bfloat16: its file has no {key}", stacklevel=2
-            )
-        elif expected is not None and expected != stack.hash():
-            raise ck.BaseMismatchError(
-                f"concept {self} is of the base model {self.metadata.get('base_name', '(no name)')}, "
-                f"{key} {expected[:12]}, and the K/V weights of this UNet have {stack.hash()[:12]}: load "
-                "that base, without another delta in it"
-            )
+        check_base(f"concept {self}", self.metadata, stack)
 
     def check_prompt(self, prompt: str) -> None:
         """Raise ValueError if the prompt has none of the modifier tokens."""
