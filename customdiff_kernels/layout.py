@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +90,7 @@ class LayoutBias:
         tokens: Mapping[str, Sequence[int]],
         size: tuple[int, int],
         n_tokens: int,
-        positive: float,
+        positive: float | Mapping[str, float],
         negative: float,
         *,
         outside: float | None = None,
@@ -105,7 +107,9 @@ class LayoutBias:
                 region of each.
             size: (h, w) of the attention level; N = h·w.
             n_tokens: S, the length of the context.
-            positive, negative: γ⁺ and γ⁻: the bias of a subject's tokens inside and outside its own region.
+            positive: γ⁺, the bias of a subject's tokens inside its own region; or ``{subject: γ⁺}``, where a
+                position of several subjects gets the largest of those whose regions hold the pixel.
+            negative: γ⁻, the bias of the subjects' tokens outside their regions.
             outside: the bias of the subjects' tokens at pixels in no region at all; default ``negative``. The
                 paper writes 0 there, the published code γ⁻. γ⁻ is the default because the published figures
                 come from the code, and because with 0 a subject is free to grow in the background, which is
@@ -116,15 +120,9 @@ class LayoutBias:
             combination of subjects that occurs. On the CPU: ``.to(device)`` moves it.
 
         Raises:
-            TypeError, ValueError: naming the subject whose box or tokens are wrong.
+            TypeError, ValueError: naming the subject whose box, tokens or strength are wrong.
         """
-        height, width = _size(size)
-        shares = {}
-        _mapping("boxes", boxes)
-        for name, box in boxes.items():
-            x0, y0, x1, y1 = _box(name, box)
-            rows, columns = _overlap([y0], [y1], height), _overlap([x0], [x1], width)
-            shares[name] = rows @ columns.T  # (h,1) @ (1,w): the covered share of each pixel
+        shares = _shares("boxes", boxes, size, _box_share)
         return cls._from_shares("boxes", shares, tokens, n_tokens, positive, negative, outside, scale)
 
     @classmethod
@@ -134,7 +132,7 @@ class LayoutBias:
         tokens: Mapping[str, Sequence[int]],
         size: tuple[int, int],
         n_tokens: int,
-        positive: float,
+        positive: float | Mapping[str, float],
         negative: float,
         *,
         outside: float | None = None,
@@ -145,23 +143,25 @@ class LayoutBias:
         A mask is brought to ``size`` by area: a pixel belongs to a subject whose mask covers at least half of
         it. So the same masks serve every attention level. All else as :meth:`from_boxes`.
         """
-        height, width = _size(size)
-        shares = {}
-        _mapping("masks", masks)
-        for name, mask in masks.items():
-            _checks.is_tensor(f"masks[{name!r}]", mask)
-            _checks.rank(f"masks[{name!r}]", mask, "height,width")
-            area = mask.detach().to("cpu", torch.float64)
-            if not area.numel() or not (area.min() >= 0 and 0 < area.max() <= 1):
-                raise ValueError(
-                    f"masks[{name!r}] must be bool or 0 … 1, not empty; got {tuple(mask.shape)} {mask.dtype}"
-                    + (f", values {area.min():g} … {area.max():g}" if area.numel() else "")
-                )
-            rows, columns = (
-                _overlap(*_cells(n), out) for n, out in zip(area.shape, (height, width), strict=True)
-            )
-            shares[name] = rows @ area @ columns.T
+        shares = _shares("masks", masks, size, _mask_share)
         return cls._from_shares("masks", shares, tokens, n_tokens, positive, negative, outside, scale)
+
+    @classmethod
+    def from_regions(
+        cls,
+        regions: Mapping[str, Box | Tensor],
+        tokens: Mapping[str, Sequence[int]],
+        size: tuple[int, int],
+        n_tokens: int,
+        positive: float | Mapping[str, float],
+        negative: float,
+        *,
+        outside: float | None = None,
+        scale: float | Tensor = 1.0,
+    ) -> LayoutBias:
+        """A layout from a box or a mask a subject: :meth:`from_boxes` and :meth:`from_masks` in one."""
+        shares = _shares("regions", regions, size, _region_share)
+        return cls._from_shares("regions", shares, tokens, n_tokens, positive, negative, outside, scale)
 
     @classmethod
     def stack(cls, layouts: Sequence[LayoutBias | None]) -> LayoutBias:
@@ -198,13 +198,14 @@ class LayoutBias:
         shares: Mapping[str, Tensor],
         tokens: Mapping[str, Sequence[int]],
         n_tokens: int,
-        positive: float,
+        positive: float | Mapping[str, float],
         negative: float,
         outside: float | None,
         scale: float | Tensor,
     ) -> LayoutBias:
         """``shares``: {subject: (h,w) covered share of each pixel}. Half a pixel decides; never a blend."""
         _check_tokens(what, shares, tokens, n_tokens)
+        strengths = _strengths(what, shares, positive)
         inside = torch.stack([_region(share) for share in shares.values()], -1).flatten(0, 1)  # (N, subjects)
         combinations, labels = inside.unique(dim=0, return_inverse=True)  # (regions, subjects), (N,)
         table = torch.zeros(len(combinations), n_tokens)
@@ -212,7 +213,9 @@ class LayoutBias:
         touched = sorted({j for name in shares for j in tokens[name]})
         for j in touched:
             own = torch.tensor([j in tokens[name] for name in shares])
-            table[:, j] = torch.where((combinations & own).any(1), float(positive), float(negative))
+            holding = combinations & own
+            strongest = strengths.where(holding, -torch.inf).amax(1)
+            table[:, j] = strongest.where(holding.any(1), float(negative))
             if outside is not None:
                 table[nowhere, j] = float(outside)
         return cls(labels.view(1, -1), table.unsqueeze(0), scale)
@@ -248,24 +251,66 @@ def _scale(scale: float | Tensor, table: Tensor) -> float | Tensor:
     return float(scale)
 
 
-def _mapping(argument: str, value: object) -> None:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{argument} must map each subject to its own, got {type(value).__name__}")
-
-
 def _size(size: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(size, Sequence) or len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in size):
         raise ValueError(f"size must be (h, w) in pixels of the attention level, got {size!r}")
     return size[0], size[1]
 
 
-def _box(name: str, box: Box) -> Box:
+def _shares(
+    what: str,
+    regions: Mapping[str, Any],
+    size: tuple[int, int],
+    share: Callable[[str, Any, tuple[int, int]], Tensor],
+) -> dict[str, Tensor]:
+    """{subject: (h,w) covered share of each pixel}."""
+    size = _size(size)
+    if not isinstance(regions, Mapping):
+        raise TypeError(f"{what} must map each subject to its own, got {type(regions).__name__}")
+    return {name: share(f"{what}[{name!r}]", region, size) for name, region in regions.items()}
+
+
+def _region_share(argument: str, region: Box | Tensor, size: tuple[int, int]) -> Tensor:
+    if isinstance(region, Tensor):
+        return _mask_share(argument, region, size)
+    return _box_share(argument, region, size)
+
+
+def _box_share(argument: str, box: Box, size: tuple[int, int]) -> Tensor:
     if not isinstance(box, Sequence) or len(box) != 4:
-        raise ValueError(f"boxes[{name!r}] must be (x0, y0, x1, y1), got {box!r}")
+        raise ValueError(f"{argument} must be (x0, y0, x1, y1), got {box!r}")
     x0, y0, x1, y1 = (float(x) for x in box)
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        raise ValueError(f"boxes[{name!r}] must satisfy 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got {box!r}")
-    return x0, y0, x1, y1
+        raise ValueError(f"{argument} must satisfy 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got {box!r}")
+    rows, columns = _overlap([y0], [y1], size[0]), _overlap([x0], [x1], size[1])
+    return rows @ columns.T  # (h,1) @ (1,w)
+
+
+def _mask_share(argument: str, mask: Tensor, size: tuple[int, int]) -> Tensor:
+    _checks.is_tensor(argument, mask)
+    _checks.rank(argument, mask, "height,width")
+    area = mask.detach().to("cpu", torch.float64)
+    if not area.numel() or not (area.min() >= 0 and 0 < area.max() <= 1):
+        raise ValueError(
+            f"{argument} must be bool or 0 … 1, not empty; got {tuple(mask.shape)} {mask.dtype}"
+            + (f", values {area.min():g} … {area.max():g}" if area.numel() else "")
+        )
+    rows, columns = (_overlap(*_cells(n), out) for n, out in zip(area.shape, size, strict=True))
+    return rows @ area @ columns.T
+
+
+def _strengths(what: str, shares: Mapping[str, Tensor], positive: float | Mapping[str, float]) -> Tensor:
+    """(subjects,) γ⁺ of each."""
+    given = positive if isinstance(positive, Mapping) else dict.fromkeys(shares, positive)
+    if set(given) != set(shares):
+        raise ValueError(
+            f"{what} and positive must name the same subjects, got {sorted(shares)} and {sorted(given)}"
+        )
+    for name, strength in given.items():
+        _checks.number(f"positive of {name!r}", strength)
+        if math.isnan(strength):
+            raise ValueError(f"positive of {name!r} must be a number, got {strength}")
+    return torch.tensor([float(given[name]) for name in shares])
 
 
 def _check_tokens(
@@ -297,4 +342,4 @@ def _overlap(starts: list[float], stops: list[float], n: int) -> Tensor:
 
 def _region(share: Tensor) -> Tensor:
     """Half covered or, where no pixel is, covered most. The slack absorbs the rounding of 1/3 and such."""
-    return share >= min(0.5, float(share.max())) - 1e-9
+    return share >= min(0.5, float(share.max())) * (1 - 1e-9)

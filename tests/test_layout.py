@@ -113,6 +113,38 @@ def test_a_token_of_two_subjects_is_inside_in_either_region():
     assert row.tolist() == [POSITIVE, NEGATIVE, NEGATIVE, POSITIVE]
 
 
+def test_boxes_and_masks_together_are_what_each_is_alone():
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:, 4:] = True
+    found, tokens = {"dog": (0, 0, 0.75, 1), "cat": (0.5, 0, 1, 1)}, {"dog": [1], "cat": [2]}
+    mixed = ck.LayoutBias.from_regions(found | {"cat": mask}, tokens, (4, 4), 8, POSITIVE, NEGATIVE)
+    assert torch.equal(mixed.dense(), boxes(found).dense())
+    with pytest.raises(ValueError, match=r"regions\['cat'\] must satisfy"):
+        ck.LayoutBias.from_regions(found | {"cat": (1, 0, 0, 1)}, tokens, (4, 4), 8, POSITIVE, NEGATIVE)
+
+
+def test_every_subject_may_have_its_own_strength():
+    found = {"a": (0, 0, 0.5, 1), "b": (0.25, 0, 0.75, 1)}
+    tokens = {"a": [1, 3], "b": [2, 3]}  # 3 is of both
+
+    def row(positive):
+        layout = ck.LayoutBias.from_boxes(found, tokens, (4, 4), 8, positive, -1.0)
+        return layout.dense()[0, 0].view(4, 4, 8)[0, :, 1:4].tolist()
+
+    assert row({"a": 2.0, "b": 3.0}) == [[2, -1, 2], [2, 3, 3], [-1, 3, 3], [-1, -1, -1]]
+    assert row({"b": 2.0, "a": 3.0}) == [[3, -1, 3], [3, 2, 3], [-1, 2, 2], [-1, -1, -1]]
+    with pytest.raises(ValueError, match=r"positive must name the same .* \['a', 'b'\] and \['a'\]"):
+        row({"a": 2.0})
+    with pytest.raises(TypeError, match="positive of 'b' must be a number, got str"):
+        row({"a": 2.0, "b": "2"})
+    with pytest.raises(ValueError, match="positive of 'a' must be a number, got nan"):
+        row(float("nan"))
+
+
+def test_a_box_of_hardly_any_area_gets_one_pixel_and_not_the_picture():
+    assert inside(boxes({"dog": (0.6, 0.3, 0.600001, 0.300001)}), (4, 4)).nonzero().tolist() == [[1, 2]]
+
+
 def test_outside_every_region():
     box = {"dog": (0, 0, 0.5, 1), "cat": (0.5, 0, 0.75, 1)}
     nowhere = (slice(None), 3, slice(1, 3))
