@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import json
 import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 from .config import ConceptConfig, TrainConfig
+from .documents import nearest, read_json, read_yaml
 from .presets import PRESETS, preset
 
 # keys of the published concept_list.json, and ours
@@ -65,12 +65,12 @@ def configuration(
 
     Raises ValueError for a file that cannot be read, and naming fields that are unknown or of another type.
     """
-    written = read_yaml(file) if file is not None else {}
+    written = _settings(file) if file is not None else {}
     name = written.pop("preset", None)
     settings = {**written, **given}
     listed, where = settings.pop("concepts", None) or (), f"concepts of {file!r}"
     if isinstance(listed, str):
-        listed, where = _read_list(listed), f"concepts {listed!r}"
+        listed, where = read_json("concepts", listed), f"concepts {listed!r}"
     if name := preset_name or name:
         settings = {**preset(name, len(listed) > 1), **settings}
     if not listed:
@@ -81,17 +81,9 @@ def configuration(
     return TrainConfig(**settings, concepts=read_concepts(listed, where, shared))
 
 
-def read_yaml(file: str) -> dict[str, Any]:
+def _settings(file: str) -> dict[str, Any]:
     """The fields of TrainConfig in a YAML file, and perhaps "preset"."""
-    import yaml
-
-    path = Path(file)
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"config {file!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {file!r} is not YAML: {error}") from error
+    found = read_yaml("config", file)
     if not isinstance(found, dict):
         raise ValueError(f"config {file!r} must hold fields, as 'steps: 250', got {type(found).__name__}")
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -99,9 +91,9 @@ def read_yaml(file: str) -> dict[str, Any]:
     for key, value in found.items():
         name = str(key).replace("-", "_")
         if name != "preset" and name not in fields:
-            raise ValueError(f"config {file!r} has an unknown field {key!r}{_nearest(name, fields)}")
+            raise ValueError(f"config {file!r} has an unknown field {key!r}{nearest(name, fields)}")
         kept = name in ("preset", "concepts")
-        settings[name] = value if kept else _typed(f"{name} of {file!r}", value, _kind(fields[name]))
+        settings[name] = value if kept else typed(f"{name} of {file!r}", value, _kind(fields[name]))
     return settings
 
 
@@ -124,15 +116,6 @@ def read_concepts(
     return tuple(_concept(entry, f"{where}, number {i}", shared or {}) for i, entry in enumerate(entries, 1))
 
 
-def _read_list(file: str) -> Any:
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"concepts {file!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"concepts {file!r} is not JSON: {error}") from error
-
-
 def _concept(entry: Any, where: str, shared: Mapping[str, Any]) -> ConceptConfig:
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where} must be an object of fields, got {str(entry)[:60]}")
@@ -141,8 +124,8 @@ def _concept(entry: Any, where: str, shared: Mapping[str, Any]) -> ConceptConfig
     for key, value in entry.items():
         name = PUBLISHED.get(key, key)
         if name not in fields:
-            raise ValueError(f"{where} has an unknown key {key!r}{_nearest(key, {*fields, *PUBLISHED})}")
-        settings[name] = _typed(f"{key} of {where}", value, _kind(fields[name]))
+            raise ValueError(f"{where} has an unknown key {key!r}{nearest(key, {*fields, *PUBLISHED})}")
+        settings[name] = typed(f"{key} of {where}", value, _kind(fields[name]))
     prompts = settings.get("prompts", ())
     if "modifier_token" not in entry and prompts:
         word = re.search(r"<[\w-]+>", prompts[0])
@@ -155,7 +138,7 @@ def _concept(entry: Any, where: str, shared: Mapping[str, Any]) -> ConceptConfig
     return ConceptConfig(**settings)
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """Of a field's value: its type, its choices, whether there may be several, or none."""
 
     type: Any
@@ -164,7 +147,10 @@ class _Kind(NamedTuple):
     optional: bool
 
 
-def _kind(field: Any) -> _Kind:
+NUMBER = Kind(float, None, many=False, optional=False)
+
+
+def _kind(field: Any) -> Kind:
     owner = ConceptConfig if field.name in ConceptConfig.__annotations__ else TrainConfig
     hint = typing.get_type_hints(owner)[field.name]
     optional = type(None) in typing.get_args(hint)
@@ -173,16 +159,16 @@ def _kind(field: Any) -> _Kind:
     many = typing.get_origin(hint) is tuple
     hint = typing.get_args(hint)[0] if many else hint
     choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
-    return _Kind(str if choices else hint, choices, many, optional)
+    return Kind(str if choices else hint, choices, many, optional)
 
 
-def _typed(what: str, value: Any, kind: _Kind) -> Any:
+def typed(what: str, value: Any, kind: Kind) -> Any:
     """`value` as its field wants it; YAML reads 8e-5 as text, and one prompt is no list."""
     if value is None and kind.optional:
         return None
     if kind.many:
         values = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_typed(what, one, kind._replace(many=False)) for one in values)
+        return tuple(typed(what, one, kind._replace(many=False)) for one in values)
     wanted = kind.type
     if wanted in (int, float):
         number = _number(value)
@@ -191,12 +177,7 @@ def _typed(what: str, value: Any, kind: _Kind) -> Any:
     elif isinstance(value, wanted) and (kind.choices is None or value in kind.choices):
         return value
     expected = f"one of {', '.join(kind.choices)}" if kind.choices else f"of type {wanted.__name__}"
-    raise ValueError(f"{what} must be {expected}, got {value!r}")
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+    raise ValueError(f"{what} must be {expected}, got {short(value)}")
 
 
 def _number(value: Any) -> float | None:
