@@ -5,6 +5,7 @@ from typing import Any
 
 _HOME = {  # imported on first use: the command line's --help needs no torch
     "Concept": ".concept",
+    "Layout": ".layouts",
     "Residual": ".residual",
     "TrainConfig": ".config",
     "edit": ".editing",
@@ -12,6 +13,7 @@ _HOME = {  # imported on first use: the command line's --help needs no torch
     "evaluate": ".evaluation",
     "invert": ".editing",
     "load_base": ".base",
+    "load_layout": ".layout_files",
     "match": ".concept",
     "sample": ".sampler",
     "train": ".trainer",

@@ -34,21 +34,20 @@ class Latents(NamedTuple):
         return self.mean[index] + self.std[index] * noise.to(self.mean)
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path, paper: str | tuple[int, int, int] = "white") -> Image.Image:
     """An upright RGB picture, as `upright_rgb`; raises ValueError where it cannot be read."""
-    with _readable(path), Image.open(path) as image:
-        return upright_rgb(image)
+    with readable(path), Image.open(path) as image:
+        return upright_rgb(image, paper)
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """`image` upright and in RGB; transparency is laid over white, 16 bits are scaled to 8."""
+def upright_rgb(image: Image.Image, paper: str | tuple[int, int, int] = "white") -> Image.Image:
+    """`image` upright and in RGB; transparency is laid over `paper`, 16 bits are scaled to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
     return image.convert("RGB")
 
 
@@ -92,7 +91,7 @@ def picture_paths(folder: str | Path) -> list[Path]:
         found = f"{len(names)} other entries, as {', '.join(names[:5])}" if names else "nothing at all"
         raise ValueError(f"picture folder {str(folder)!r} holds no PNG or JPEG picture, but {found}")
     for path in paths:
-        with _readable(path), Image.open(path) as image:
+        with readable(path), Image.open(path) as image:
             image.verify()
     return paths
 
@@ -215,7 +214,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """What Pillow raises in the block, as a ValueError that names the file."""
     try:
         yield
     except UNREADABLE as error:
