@@ -15,7 +15,8 @@ import tiny_pipeline  # noqa: E402
 
 from customdiff import sampler  # noqa: E402
 from customdiff.concept import Concept, encode_prompts, match, tokenize  # noqa: E402
-from customdiff.sampler import project, sample  # noqa: E402
+from customdiff.conditioning import project  # noqa: E402
+from customdiff.sampler import sample  # noqa: E402
 
 FAST = {"steps": 3, "output": "latents", "progress": False}
 

@@ -6,6 +6,7 @@ from typing import Any
 _HOME = {  # imported on first use: the command line's --help needs no torch
     "Concept": ".concept",
     "Layout": ".layouts",
+    "LayoutGuidance": ".guidance",
     "Residual": ".residual",
     "TrainConfig": ".config",
     "edit": ".editing",

@@ -139,12 +139,12 @@ class Recorder:
             raise ValueError(f"pixels={pixels}: nothing was recorded there, but at {sorted(self.sums)}")
         total: Any = 0
         for n in chosen:
-            grid = self.sums[n].mT.unflatten(-1, _grid(n, size))
+            grid = self.sums[n].mT.unflatten(-1, level_size(n, size))
             total = total + F.interpolate(grid, size, mode="bilinear", align_corners=False)
         return total / sum(self.counts[n] for n in chosen)
 
 
-def _grid(pixels: int, size: tuple[int, int]) -> tuple[int, int]:
+def level_size(pixels: int, size: tuple[int, int]) -> tuple[int, int]:
     """(h,w) of the level of a UNet that has so many pixels, where its input has ``size``."""
     height, width = size
     while height * width > pixels:

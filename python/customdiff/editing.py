@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .attention import Layer, Recorder, Word, prompt_words, steered, word_positions
 from .concept import Concept, match
+from .conditioning import one_each
 from .data import encode, scaled, square, to_tensor, upright_rgb
-from .sampler import check_pipeline, latent_size, one_each, sample
+from .sampler import check_pipeline, latent_size, sample
 
 BLEND_THRESHOLD = 0.3  # of the largest attention; this and the next as in the published code
 BLEND_FROM = 0.2  # of the steps: before, the attention is too vague for a mask

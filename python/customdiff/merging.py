@@ -25,8 +25,8 @@ from .concept import (
     text_encoders,
     tokenize,
 )
+from .conditioning import project
 from .regularization import merge_solver
-from .sampler import project
 
 # Text features come out of a layer normalization, so one direction of the text width is all but empty.
 # Without a ridge the answer is large along it, which float32 cannot hold: residuals of 1e-1 instead of 1e-5.

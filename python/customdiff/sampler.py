@@ -6,11 +6,11 @@ a step serves them all: a concept changes only its rows' keys and values, kv = c
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +21,12 @@ from tqdm.auto import tqdm
 import customdiff_kernels as ck
 
 from .attention import patched
-from .concept import Concept, added_conditions, encode_prompts
+from .concept import Concept
+from .conditioning import Conditions, conditions, fitting, one_each, others_on
 from .data import unscaled
+from .guidance import Guide, LayoutGuidance, noise_levels
+from .layouts import Layout
+from .residual import Residual
 
 
 @torch.no_grad()
@@ -31,6 +35,9 @@ def sample(
     prompts: str | Sequence[str],
     concepts: Concept | Sequence[Concept | None] | None = None,
     *,
+    residuals: Mapping[str, Residual] | Sequence[Mapping[str, Residual] | None] | None = None,
+    layouts: Layout | Sequence[Layout | None] | None = None,
+    layout_guidance: LayoutGuidance | None = None,
     negative_prompt: str | None = None,
     steps: int = 50,
     guidance_scale: float = 6.0,
@@ -50,6 +57,11 @@ def sample(
             model, without a delta in it.
         prompts: with the modifier tokens of their concepts.
         concepts: one for each prompt, or one for all; None is the base model. Low-rank deltas stay factors.
+        residuals: Cones 2's, {subject: its residual} for each prompt, or for all; a subject is a word of the
+            prompt, "dog", or "dog#2" for its second dog (``find_subject``).
+        layouts: where each prompt's subjects are to be, one for each prompt, or for all; None guides nothing.
+        layout_guidance: how strongly and in which steps layouts guide; default: ``LayoutGuidance()``. The
+            unconditional rows are never guided.
         guidance_scale: of classifier-free guidance against ``negative_prompt``; 1 runs without.
         negative_prompt: default: "", or for an SDXL that was trained so (``force_zeros_for_empty_prompt``)
             features of zero.
@@ -64,13 +76,23 @@ def sample(
 
     A concept that changes more than keys and values (``others``) must be that of all rows; its changes are on
     the UNet for the call alone.
-    Raises ValueError if a prompt lacks the modifier token of its concept, or a concept is of another base.
+    Raises ValueError if a prompt lacks a subject or the modifier token of its concept, or a concept or a
+    residual is of another base.
     """
     check_pipeline(pipe)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     concepts = one_each("concepts", concepts, len(prompts), (Concept, type(None)))
     seeds = [seeds + i for i in range(len(prompts))] if isinstance(seeds, int) else seeds
     seeds = one_each("seeds", seeds, len(prompts), int)
+    residuals = [row or {} for row in one_each("residuals", residuals, len(prompts), (Mapping, type(None)))]
+    layouts = one_each("layouts", layouts, len(prompts), (Layout, type(None)))
+    for row in residuals:
+        for name, residual in row.items():
+            if not isinstance(residual, Residual):
+                raise TypeError(f"residuals[{name!r}] must be a Residual, got {type(residual).__name__}")
+    layout_guidance = LayoutGuidance() if layout_guidance is None else layout_guidance
+    if not isinstance(layout_guidance, LayoutGuidance):
+        raise TypeError(f"layout_guidance must be a LayoutGuidance, got {type(layout_guidance).__name__}")
     if not prompts:
         raise ValueError("prompts is empty; give at least one")
     if output not in ("pil", "tensor", "latents"):
@@ -90,53 +112,41 @@ def sample(
             )
         shape = tuple(latents.shape[1:])
     stack = ck.KVStack.from_unet(pipe.unet)
-    others = [concept for concept in _distinct(concepts) if concept.others]
-    if others and any(concept is not others[0] for concept in concepts):
-        raise ValueError(
-            f"concept {others[0]} changes {len(others[0].others)} weights beside keys and values, which all "
-            "rows share: sample its prompts without other concepts, and without rows that have none"
-        )
-    known = {id(c): c.of(pipe.unet if c.others else stack) for c in _distinct(concepts)}
-    concepts = [concept and known[id(concept)] for concept in concepts]
-    for prompt, concept in zip(prompts, concepts, strict=True):
-        if concept is not None:
-            concept.check_prompt(prompt)
-
-    if guidance_scale != 1:  # the unconditional rows come first, each with its own row's concept
-        prompts, concepts = [negative_prompt or ""] * len(prompts) + prompts, concepts * 2
-    rows = [concept.modifier_tokens if concept else {} for concept in concepts]
-    features = encode_prompts(pipe, prompts, rows)
-    if negative_prompt is None and pipe.config.get("force_zeros_for_empty_prompt"):
-        for part in features:  # context and pooled
-            part[: len(prompts) - len(seeds)] = 0
-    context = features.context.to(pipe.unet.dtype)
-    pixels = (shape[1] * pipe.vae_scale_factor, shape[2] * pipe.vae_scale_factor)
-    added = added_conditions(pipe, features, pixels)
-    kv = stack.views(project(stack, context, concepts))
-
+    concepts = fitting(pipe, stack, prompts, concepts)
+    for residual in {id(r): r for row in residuals for r in row.values()}.values():
+        residual.check_base(stack)
+    given = conditions(
+        pipe,
+        stack,
+        prompts,
+        concepts,
+        residuals,
+        negative_prompt=negative_prompt,
+        unconditional=guidance_scale != 1,
+        pixels=(shape[1] * pipe.vae_scale_factor, shape[2] * pipe.vae_scale_factor),
+    )
     scheduler = _ddim(pipe.scheduler) if scheduler is None else copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps, device=pipe.unet.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if latents is None:
         latents = torch.stack([torch.randn(shape, generator=g) for g in generators])
     noise = latents.to(pipe.unet.device, torch.float32)
-    with patched(pipe.unet), _others_on(pipe.unet, concepts[0]):
+    with patched(pipe.unet), others_on(pipe.unet, concepts[0]):
         latents = denoise(
             pipe.unet,
             scheduler,
             noise,
-            context,
-            kv,
+            given,
             guidance_scale,
             eta,
             generators,
-            added,
+            guide=_guide(pipe, prompts, concepts, layouts, layout_guidance, given, scheduler, shape[1:]),
             on_step=on_step,
             progress=progress,
         )
     if output == "latents":
         return latents
-    overflows = features.pooled is not None and pipe.vae.dtype == torch.float16  # SDXL's
+    overflows = bool(given.added) and pipe.vae.dtype == torch.float16  # SDXL's
     images = decode(pipe.vae, latents, upcast=overflows and pipe.vae.config.get("force_upcast", False))
     return images if output == "tensor" else to_pil(images)
 
@@ -145,20 +155,18 @@ def denoise(
     unet: torch.nn.Module,
     scheduler: Any,
     noise: Tensor,
-    context: Tensor,
-    kv: dict[str, tuple[Tensor, Tensor]],
+    given: Conditions,
     guidance_scale: float,
     eta: float,
     generators: list[torch.Generator],
-    added: dict[str, Tensor] | None = None,
     *,
+    guide: Guide | None = None,
     on_step: Callable[[int, Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """The reverse process from ``noise`` (B,C,h,w), in float32 whatever the UNet's dtype.
 
-    ``context``, ``kv`` and ``added`` (``added_conditions``) have B rows, or 2B with the unconditional ones
-    first.
+    ``given`` has B rows, or 2B with the unconditional ones first; so has ``guide``.
     """
     options: dict[str, Any] = {}
     accepted = inspect.signature(scheduler.step).parameters
@@ -169,40 +177,36 @@ def denoise(
     elif eta:
         raise ValueError(f"eta={eta}: {type(scheduler).__name__} has none; use DDIMScheduler, or eta=0")
 
-    copies = context.shape[0] // noise.shape[0]
+    if guide is not None and guide.guidance.recurrence and "order" in accepted:
+        options["order"] = 1  # as published: LMS' earlier derivatives are of noise that was redrawn since
+
+    copies = given.context.shape[0] // noise.shape[0]
+
+    def predicted(x: Tensor, t: Tensor) -> Tensor:
+        out = unet(
+            scheduler.scale_model_input(torch.cat([x] * copies), t).to(unet.dtype),
+            t,
+            encoder_hidden_states=given.context,
+            cross_attention_kwargs={"kv": given.kv},
+            added_cond_kwargs=given.added or None,
+        ).sample.float()
+        if copies == 1:
+            return out
+        unconditional, conditional = out.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
     x = noise * scheduler.init_noise_sigma
     for i, t in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress)):
-        x_in = scheduler.scale_model_input(torch.cat([x] * copies), t).to(unet.dtype)
-        out = unet(
-            x_in,
-            t,
-            encoder_hidden_states=context,
-            cross_attention_kwargs={"kv": kv},
-            added_cond_kwargs=added or None,
-        ).sample.float()
-        if copies == 2:
-            unconditional, conditional = out.chunk(2)
-            out = unconditional + guidance_scale * (conditional - unconditional)
+        with nullcontext() if guide is None else guide.on(i):
+            out = predicted(x, t)
+            if guide is not None and guide.repeats(i):
+                trial = copy.deepcopy(scheduler)  # steps may be remembered: the real one takes but one
+                x = guide.back(x, trial.step(out, t, x, **options).prev_sample, i, scheduler, generators)
+                out = predicted(x, t)
         x = scheduler.step(out, t, x, **options).prev_sample
         if on_step is not None:
             x = on_step(i, x)
     return x
-
-
-def project(stack: ck.KVStack, context: Tensor, concepts: Sequence[Concept | None]) -> Tensor:
-    """Keys and values (B,S,R) of all layers, row i by the weights of ``concepts[i]``, never built."""
-    kv = ck.kv_project(context, stack.weight)
-    columns = {name: slice(start, stop) for name, start, stop in stack.segments}
-    for concept in _distinct(concepts):
-        rows = [i for i, other in enumerate(concepts) if other is concept]
-        delta = concept.delta
-        low_rank = isinstance(delta, ck.LowRankDelta)
-        for name, factors in (delta.factors if low_rank else {n: (w,) for n, w in delta.items()}).items():
-            change = context[rows]
-            for factor in reversed(factors):  # (c·Vᵀ)·Uᵀ, or c·ΔWᵀ
-                change = change @ factor.to(change).T
-            kv[rows, :, columns[name]] += change
-    return kv
 
 
 def decode(vae: torch.nn.Module, latents: Tensor, *, upcast: bool = False) -> Tensor:
@@ -221,6 +225,27 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """``images`` (B,3,H,W) in 0..1 as PIL images."""
     arrays = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
+
+
+def _guide(
+    pipe: Any,
+    prompts: Sequence[str],
+    concepts: Sequence[Concept | None],
+    layouts: Sequence[Layout | None],
+    guidance: LayoutGuidance,
+    given: Conditions,
+    scheduler: Any,
+    size: tuple[int, int],
+) -> Guide | None:
+    """What guides the rows of ``given`` in the steps of ``scheduler``; None where nothing does."""
+    if not any(layouts):
+        return None
+    rows: list[Any] = [None] * (len(given.context) - len(prompts))  # the unconditional ones
+    for prompt, concept, layout in zip(prompts, concepts, layouts, strict=True):
+        words = list(concept.modifier_tokens) if concept else ()
+        rows.append(layout and (layout, layout.check(prompt, pipe.tokenizer, words)))
+    guide = Guide(pipe.unet, rows, given.context.shape[1], size, guidance, noise_levels(scheduler))
+    return guide if any(guide.strengths) else None
 
 
 def _ddim(scheduler: Any) -> Any:
@@ -247,27 +272,3 @@ def latent_size(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int]:
     if len(size) != 2 or any(s % factor or s < factor for s in size):
         raise ValueError(f"size must be (height, width) in multiples of {factor}, got {size}")
     return size[0] // factor, size[1] // factor
-
-
-def _others_on(unet: torch.nn.Module, concept: Concept | None) -> Any:
-    """The concept's changes beside keys and values on the UNet, and off again."""
-    if concept is None or not concept.others:
-        return contextlib.nullcontext()
-    return ck.applied(unet, {name: change.to(unet.device) for name, change in concept.others.items()})
-
-
-def _distinct(concepts: Sequence[Concept | None]) -> list[Concept]:
-    return list({id(concept): concept for concept in concepts if concept is not None}.values())
-
-
-def one_each(name: str, given: Any, count: int, kind: Any) -> list:
-    """``given`` as a list of ``count`` entries of type ``kind``, repeated where it is one of these itself."""
-    given = [given] * count if isinstance(given, kind) else list(given)
-    if len(given) != count:
-        raise ValueError(
-            f"{name} has {len(given)} entries for {count} prompts; give one each, or one for all"
-        )
-    for item in given:
-        if not isinstance(item, kind):
-            raise TypeError(f"{name} has an entry of type {type(item).__name__}")
-    return given
