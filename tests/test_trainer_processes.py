@@ -17,6 +17,7 @@ from training_runs import config, folders  # noqa: F401
 import customdiff_kernels as ck
 from customdiff import trainer
 from customdiff.config import Stopped
+from customdiff.residual import Residual
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -87,6 +88,8 @@ def wait_for_checkpoints(process, config, count):  # noqa: F811
 
 def learned(config):  # noqa: F811
     """Every tensor that the run wrote."""
+    if config.residual:
+        return dict(enumerate(Residual.load(config.output).shift))
     found = ck.load_delta(config.output)
     return {**found.delta, **found.others, **found.modifier_tokens}
 
@@ -105,7 +108,13 @@ def to_rounding(first, second):
     assert (first - second).norm() <= 1e-3 * first.norm()
 
 
-@pytest.mark.parametrize("changes", [{}, {"weights": "unet", "accumulation": 2}], ids=["kv", "unet"])
+CONES2 = {"method": "cones2", "category": "big cup", "prompts": (), "captions": "templates"}
+CONES2 |= {"regularization": None, "regularization_prompt": None, "accumulation": 2, "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"weights": "unet", "accumulation": 2}, CONES2], ids=["kv", "unet", "cones2"]
+)
 def test_two_processes_learn_what_one_does(config, processes, changes):  # noqa: F811
     one = renamed(config, "one.safetensors", batch_size=5, **changes)
     two = renamed(one, "two.safetensors")

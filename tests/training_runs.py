@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from customdiff import attention, training
 from customdiff.config import ConceptConfig, TrainConfig
+from customdiff.residual_training import ResidualTraining
 from customdiff.views import Pictures
 
 
@@ -51,10 +52,11 @@ def load(folder: str):
 
 @contextmanager
 def training_of(config: TrainConfig, pipeline=None, **options):
-    """A ``Training`` on a patched and frozen base, given back after."""
+    """The config's kind of ``Training`` on a patched and frozen base, given back after."""
+    kind = ResidualTraining if config.residual else training.Training
     pipeline = load(config.base) if pipeline is None else pipeline
     with attention.patched(pipeline.unet), training.frozen(pipeline):
-        run = training.Training(config, pipeline, Pictures.read(config), **options)
+        run = kind(config, pipeline, Pictures.read(config), **options)
         try:
             yield run
         finally:

@@ -12,9 +12,20 @@ PAPER_STEPS = 250  # for one concept; appendix D: 500 for several
 # The embedded base is small: its matrices have to move further, and a row of 128 numbers further still.
 EMBEDDED_LEARNING_RATE, EMBEDDED_EMBEDDING_RATE = 1e-3, 1.5e-2
 WHOLE_UNET = 0.1  # appendix D: all of the UNet learns at a tenth of the rate of keys and values
+# Cones 2, appendix A; the text encoder of the embedded base has to move further
+RESIDUAL_LEARNING_RATE, EMBEDDED_RESIDUAL_RATE, RESIDUAL_STEPS = 1e-6, 1e-3, 3000
+PRESERVATION_WEIGHT = 1e-3  # the paper names none
 
 RARE, NORMAL, CATEGORY = "<rare>", "<normal>", "<category>"  # of initializer_token; no words of a vocabulary
 GENERATED = "generated"  # of regularization
+TEMPLATES = "templates"  # of captions
+# fields that mean nothing to the other method, and are refused there
+OF_CUSTOM_DIFFUSION = (
+    "concepts style initializer_token regularization regularization_prompt start_from weights "
+    "train_modifier_token prior_weight caption_dropout generated_count generated_steps "
+    "embedding_learning_rate rare_captions"
+).split()
+OF_CONES2 = "captions caption_count preservation preservation_weight".split()
 
 
 class Stopped(RuntimeError):
@@ -108,6 +119,11 @@ class TrainConfig(ConceptConfig):
         ValueError: if a number is out of range, two concepts share a modifier token, or as ``ConceptConfig``.
     """
 
+    method: Literal["custom-diffusion", "cones2"] = option(
+        "custom-diffusion",
+        help="cones2 learns a residual of the category's word, by a copy of the text encoder; it has no "
+        "modifier token and no regularization pictures",
+    )
     concepts: tuple[ConceptConfig, ...] = option(
         (), help="JSON list of several concepts to learn jointly, as the published concept_list.json"
     )
@@ -134,11 +150,31 @@ class TrainConfig(ConceptConfig):
     )
     generated_count: int = option(200, help="regularization pictures that are generated where asked for")
     generated_steps: int = option(50, help="denoising steps of each of these")
+    captions: str | None = option(
+        None,
+        help="cones2: captions with the category's word, over which all other tokens are preserved and the "
+        f'residual is averaged: a file (.txt, .csv, .jsonl), or "{TEMPLATES}", the 27 of the published code '
+        "(default: generated)",
+    )
+    caption_count: int = option(1000, help="cones2: captions that are generated; the paper has 1000")
+    preservation: Literal["captions", "prompt"] = option(
+        "captions",
+        help="cones2: keep the other tokens by squared distances over the captions, as the paper; or of the "
+        "training prompt alone by distances, a tenth for what comes after the word, as the published code",
+    )
+    preservation_weight: float | None = option(
+        None,
+        help=f"cones2: λ, of the loss that keeps the other tokens (default: {PRESERVATION_WEIGHT:g})",
+    )
     steps: int | None = option(
-        None, help=f"optimizer steps (default: {PAPER_STEPS} for one concept, twice that for several)"
+        None,
+        help=f"optimizer steps (default: {PAPER_STEPS} for one concept, twice that for several; cones2: "
+        f"{RESIDUAL_STEPS})",
     )
     batch_size: int = option(
-        4, help="concept pictures a step, of all processes together, and as many regularization pictures"
+        4,
+        help="concept pictures a step, of all processes together, and as many regularization pictures, or "
+        "captions of cones2",
     )
     accumulation: int = option(
         1, help="passes that a process takes a step's pictures in: less memory, the same result"
@@ -146,7 +182,8 @@ class TrainConfig(ConceptConfig):
     learning_rate: float | None = option(
         None,
         help=f"of AdamW on the UNet's weights (default: the paper's {PAPER_LEARNING_RATE:g}, for the "
-        f"embedded base {EMBEDDED_LEARNING_RATE:g}; a tenth of it where all weights train)",
+        f"embedded base {EMBEDDED_LEARNING_RATE:g}; a tenth of it where all weights train; cones2: "
+        f"{RESIDUAL_LEARNING_RATE:g} and {EMBEDDED_RESIDUAL_RATE:g}, on the text encoder's)",
     )
     embedding_learning_rate: float | None = option(
         None,
@@ -190,9 +227,13 @@ class TrainConfig(ConceptConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", tuple(self.concepts))
+        self._check_choices()
+        self._check_method()
         own = dataclasses.fields(ConceptConfig)
         if not self.concepts:
             super().__post_init__()
+            if self.residual:
+                object.__setattr__(self, "regularization_prompt", None)
         elif given := [field.name for field in own if getattr(self, field.name) != field.default]:
             raise ValueError(f"concepts is given, and {', '.join(given)} too; put all into concepts")
         words = [concept.modifier_token for concept in self.subjects if concept.modifier_token]
@@ -201,13 +242,34 @@ class TrainConfig(ConceptConfig):
         if isinstance(self.validation_prompts, str):
             object.__setattr__(self, "validation_prompts", (self.validation_prompts,))
         if self.steps is None:
-            object.__setattr__(self, "steps", PAPER_STEPS * min(2, len(self.subjects)))
+            steps = RESIDUAL_STEPS if self.residual else PAPER_STEPS * min(2, len(self.subjects))
+            object.__setattr__(self, "steps", steps)
         if self.weights == "none" and not (words and self.train_modifier_token):
             raise ValueError(
                 "weights='none' trains V* alone, and there is no V* to train: nothing would learn"
             )
-        self._check_choices()
         self._check_numbers()
+
+    def _check_method(self) -> None:
+        """Refuses fields of the other method; resolves those that cones2 has other defaults for."""
+        of_other = OF_CUSTOM_DIFFUSION if self.residual else OF_CONES2
+        defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+        if given := [name for name in of_other if getattr(self, name) != defaults[name]]:
+            raise ValueError(f"method {self.method!r} has no use for {', '.join(given)}; leave it out")
+        if not self.residual:
+            return
+        if self.modifier_token not in (defaults["modifier_token"], None, "none"):
+            raise ValueError(
+                f"method 'cones2' learns a residual of the category's word and has no modifier token, got "
+                f"{self.modifier_token!r}; leave modifier_token out"
+            )
+        if not (self.category or "").strip():
+            raise ValueError("method 'cones2' needs a category: the subject's word in a prompt, as 'dog'")
+        object.__setattr__(self, "modifier_token", None)
+        object.__setattr__(self, "category", " ".join(self.category.split()))
+        object.__setattr__(self, "prompts", self.prompts or (f"a photo of a {self.category}",))
+        if self.preservation_weight is None:
+            object.__setattr__(self, "preservation_weight", PRESERVATION_WEIGHT)
 
     def _check_choices(self) -> None:
         for name, hint in typing.get_type_hints(TrainConfig).items():
@@ -219,13 +281,16 @@ class TrainConfig(ConceptConfig):
 
     def _check_numbers(self) -> None:
         at_least = {
-            1: "steps batch_size accumulation copies generated_count generated_steps validation_every",
+            1: "steps batch_size accumulation copies generated_count generated_steps validation_every "
+            "caption_count",
             0: "checkpoint_every keep_every seed prior_weight weight_decay shift",
         }
         for low, names in at_least.items():
             for name in names.split():
                 if not getattr(self, name) >= low:
                     raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.preservation_weight is not None and not self.preservation_weight >= 0:
+            raise ValueError(f"preservation_weight must be at least 0, got {self.preservation_weight}")
         for name in ("learning_rate", "embedding_learning_rate", "min_snr_gamma", "resolution"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -243,6 +308,11 @@ class TrainConfig(ConceptConfig):
             )
 
     @property
+    def residual(self) -> bool:
+        """Whether what is learned is a residual, by Cones 2."""
+        return self.method == "cones2"
+
+    @property
     def subjects(self) -> tuple[ConceptConfig, ...]:
         """The concepts to learn: `concepts`, or the one that the fields themselves describe."""
         return self.concepts or (self,)
@@ -254,6 +324,8 @@ class TrainConfig(ConceptConfig):
         `embedded`: whether the base is the embedded one, for the defaults.
         """
         weight, row = self.learning_rate, self.embedding_learning_rate
+        if weight is None and self.residual:
+            weight = EMBEDDED_RESIDUAL_RATE if embedded else RESIDUAL_LEARNING_RATE
         if row is None:
             row = EMBEDDED_EMBEDDING_RATE if embedded else weight or PAPER_LEARNING_RATE
         if weight is None:

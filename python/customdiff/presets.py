@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .config import TEMPLATES
+
 _PAPER = {
     "learning_rate": 8e-5,
     "batch_size": 8,
@@ -48,6 +50,25 @@ PRESETS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
             "shift": 0.0,
         },
         (2500, 3000),
+    ),
+    "cones2-paper": (
+        "Cones 2 as its paper describes it",
+        {"method": "cones2", "learning_rate": 1e-6, "batch_size": 1, "shift": 0.0},
+        (3000, 3000),
+    ),
+    "cones2-code": (
+        "its published code: preservation over the training prompt alone, the mean over 27 templates; there "
+        'the prompt is the word alone: "dog"',
+        {
+            "method": "cones2",
+            "learning_rate": 5e-6,
+            "batch_size": 1,
+            "shift": 0.0,
+            "preservation": "prompt",
+            "preservation_weight": 1e-2,
+            "captions": TEMPLATES,
+        },
+        (4000, 4000),
     ),
     "textual-inversion": (
         "Textual Inversion as the paper ran it: V* alone, from the category's word; there its prompts do "

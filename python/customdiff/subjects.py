@@ -24,6 +24,17 @@ def split_subject(name: str) -> tuple[str, int]:
     return word, int(number or 1)
 
 
+def occurrences(
+    tokenizer: Any, prompt: str, word: str, modifiers: Rows | Sequence[str] = ()
+) -> list[tuple[int, ...]]:
+    """The positions of the tokens of ``word``, which may be several words, each time it is in ``prompt``."""
+    words = prompt_words(tokenizer, prompt, modifiers)
+    wanted = [each.text for each in prompt_words(tokenizer, word, modifiers)]
+    texts, n = [each.text for each in words], len(wanted)
+    starts = [i for i in range(len(words) - n + 1) if texts[i : i + n] == wanted]
+    return [tuple(p for each in words[start:][:n] for p in each.positions) for start in starts]
+
+
 def find_subject(
     tokenizer: Any, prompt: str, name: str, modifiers: Rows | Sequence[str] = ()
 ) -> tuple[int, ...]:
@@ -35,17 +46,15 @@ def find_subject(
     Raises ValueError, naming the subject and the prompt, if it is not there, or not so many times.
     """
     word, number = split_subject(name)
-    words = prompt_words(tokenizer, prompt, modifiers)
-    wanted = [each.text for each in prompt_words(tokenizer, word, modifiers)]
-    texts, n = [each.text for each in words], len(wanted)
-    starts = [i for i in range(len(words) - n + 1) if texts[i : i + n] == wanted]
-    if len(starts) >= number:
-        return tuple(p for each in words[starts[number - 1] :][:n] for p in each.positions)
-    if starts:
+    found = occurrences(tokenizer, prompt, word, modifiers)
+    if len(found) >= number:
+        return found[number - 1]
+    if found:
         raise ValueError(
-            f"subject {name!r}: prompt {prompt!r} has {word!r} {len(starts)} time{'s' * (len(starts) > 1)}; "
-            f"name at most {word}#{len(starts)}, or write the word once more"
+            f"subject {name!r}: prompt {prompt!r} has {word!r} {len(found)} time{'s' * (len(found) > 1)}; "
+            f"name at most {word}#{len(found)}, or write the word once more"
         )
+    texts = [each.text for each in prompt_words(tokenizer, prompt, modifiers)]
     raise ValueError(
         f"subject {name!r} is not in the prompt {prompt!r}; write {word!r} there, or name one of its words: "
         f"{', '.join(dict.fromkeys(texts)) or '(it has none)'}"

@@ -26,6 +26,8 @@ from .concept import Concept
 from .config import Stopped, TrainConfig
 from .generated import generate_missing
 from .output import check_writable, nearest_folder
+from .residual import Residual
+from .residual_training import ResidualTraining
 from .training import Training, check_base, frozen, new_accelerator
 from .validation import Validation
 from .views import Pictures
@@ -37,10 +39,11 @@ CPU_FULL = "DefaultCPUAllocator: "  # of a plain RuntimeError, where the CPU's m
 class TrainResult:
     """What a run returns: the concept and its file, the loss of each step, seconds, pictures a second.
 
+    concept: of method "cones2" a ``Residual``.
     peak_memory: bytes: of the GPU's memory where there is one, else the most that the process ever held.
     """
 
-    concept: Concept
+    concept: Concept | Residual
     output: Path
     losses: tuple[float, ...]
     seconds: float
@@ -83,7 +86,9 @@ def train(config: TrainConfig, pipeline: Any = None, *, progress: bool = True) -
     with _out_of_memory(config), patched(pipeline.unet), frozen(pipeline), _checkpointed(config, pipeline):
         check_base(config, pipeline)  # to generate pictures may take an hour
         pictures = generate_missing(config, pipeline, pictures, accelerator, progress)
-        training = Training(config, pipeline, pictures, accelerator, start)
+        training = (ResidualTraining if config.residual else Training)(
+            config, pipeline, pictures, accelerator, start
+        )
         if ours and not training.learned.others and config.mixed_precision != "no":
             # frozen: autocast would cast its weights again at every call
             pipeline.unet.to({"bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision])

@@ -32,8 +32,6 @@ from .modifier import initial_rows
 from .texts import Texts, joined
 from .views import Pictures, Views, choose, content_hash, read_pixels
 
-FROZEN_TOKENS = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
-
 
 class Batch(NamedTuple):
     """The draws of a step: B pictures of concepts, then P of regularization."""
@@ -45,6 +43,7 @@ class Batch(NamedTuple):
     posterior: Tensor  # (B+P,c,h,w) normal, for the autoencoder's samples
     noise: Tensor  # (B+P,c,h,w) normal
     timesteps: Tensor  # (B+P,)
+    captions: Tensor  # (B,) of Cones 2, else none
 
     def part(self, index: int, count: int) -> Batch:
         """Part `index` of `count`: of both kinds of pictures its share."""
@@ -59,6 +58,7 @@ class Batch(NamedTuple):
             self.posterior[both],
             self.noise[both],
             self.timesteps[both],
+            self.captions[concept] if len(self.captions) else self.captions,
         )
 
 
@@ -67,6 +67,8 @@ class Training:
 
     ``release`` gives the base its weights back where others than keys and values trained.
     """
+
+    frozen_tokens = 1  # the start token: Custom Diffusion lets no gradient through its keys and values
 
     def __init__(
         self,
@@ -95,16 +97,22 @@ class Training:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.resolution = _resolution(config, pipeline)
 
-        self.learned = Learned(config, pipeline, start)
+        self.learned: Any = self._new_learned(start)
         try:
             self.optimizer = self.accelerator.prepare(_optimizer(config, self.learned, self.device))
-            captions = [caption for each in pictures for caption in each.captions]
             with self.accelerator.autocast():  # texts first: a bad one fails before the pictures are encoded
-                self.texts = Texts(config, pipeline, self.learned.rows, self.learned.kept, captions)
+                self.texts: Any = self._new_texts(pictures)
             self._read_pictures(pictures)
         except BaseException:
             self.release()
             raise
+
+    def _new_learned(self, start: Concept | None) -> Learned:
+        return Learned(self.config, self.pipeline, start)
+
+    def _new_texts(self, pictures: Sequence[Pictures]) -> Texts:
+        captions = [caption for each in pictures for caption in each.captions]
+        return Texts(self.config, self.pipeline, self.learned.rows, self.learned.kept, captions)
 
     def _read_pictures(self, pictures: Sequence[Pictures]) -> None:
         """Encodes all pictures, as often as they are drawn from."""
@@ -169,7 +177,8 @@ class Training:
             self.texts.prompt(concept, text, self.views.words[view])
             for concept, text, view in zip(concepts.tolist(), texts.tolist(), views.tolist(), strict=True)
         ]
-        prior, dropped = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
+        none = torch.zeros(0, dtype=torch.long)
+        prior, dropped = none, none.bool()
         if self.prior_latents is not None:
             prior = choose(self.prior, turns % len(self.prior), generator)
             dropped = torch.rand(count, generator=generator) < config.caption_dropout
@@ -177,7 +186,7 @@ class Training:
         posterior, noise = (torch.randn(shape, generator=generator) for _ in range(2))
         steps = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(steps, (shape[0],), generator=generator)
-        return Batch(views, prompts, prior, dropped, posterior, noise, timesteps)
+        return Batch(views, prompts, prior, dropped, posterior, noise, timesteps, none)
 
     def loss(self, batch: Batch, concepts: int, prior: int) -> Tensor:
         """What a part of a step adds to its loss: the mean over all `concepts` pictures plus the weighted
@@ -223,7 +232,7 @@ class Training:
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, text: TextFeatures) -> Tensor:
         unet, learned = self.pipeline.unet, self.learned
-        kv = ck.kv_project(text.context, learned.weight, frozen_tokens=FROZEN_TOKENS)
+        kv = ck.kv_project(text.context, learned.weight, frozen_tokens=self.frozen_tokens)
         if not torch.is_autocast_enabled(self.device.type):
             kv = kv.to(unet.dtype)
         return unet(
@@ -240,10 +249,19 @@ class Training:
         snr = alpha / (1 - alpha)
         return snr.clamp(max=self.config.min_snr_gamma) / (snr + 1 if v else snr)
 
-    def concept(self, others: bool = True) -> Concept:
-        """What was learned so far; without ``others`` keys, values and V* alone."""
+    def concept(self) -> Any:
+        """What was learned so far: a ``Concept``."""
+        return self.learned.concept(self._metadata())
+
+    def for_sampling(self) -> dict[str, Any]:
+        """The options of ``sample`` that draw with what was learned so far."""
+        # the other weights that train are on the UNet already
+        concept = self.learned.concept(self._metadata(), others=False)
+        return {"concepts": concept if concept.delta or concept.modifier_tokens else None}
+
+    def _metadata(self) -> dict[str, Any]:
         prompts = [prompt for subject in self.config.subjects for prompt in subject.prompts]
-        metadata = {
+        return {
             "base_name": self.base_name,
             "resolution": self.resolution,
             "prompt": prompts[0],
@@ -251,7 +269,6 @@ class Training:
             "step": self.steps_done,
             "training": asdict(self.config),
         }
-        return self.learned.concept(metadata, others)
 
     def release(self) -> None:
         """Gives the base its weights back."""

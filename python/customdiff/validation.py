@@ -53,11 +53,10 @@ class Validation:
 
     def _draw(self, done: int) -> None:
         training, prompts = self.training, list(self.config.validation_prompts)
-        concept = training.concept(others=False)  # those are on the UNet already
         pictures = sample(
             training.pipeline,
             prompts,
-            concept if concept.delta or concept.modifier_tokens else None,
+            **training.for_sampling(),
             steps=DENOISING_STEPS,
             guidance_scale=default_guidance(training.embedded),
             seeds=self.config.seed,

@@ -1,0 +1,197 @@
+"""Cones 2's training step (section 3.2): a copy E' of the text encoder learns the subject, the UNet stays.
+
+The loss is that of the denoised pictures plus λ times what E' moved at all tokens but the subject's
+(equations 2 to 4); the residual is the mean move of the subject's tokens over all captions (equation 5).
+
+"All tokens" are here all S positions of the context: the start token, the end token and the padding too. The
+UNet reads every one of them, and in sampling they are those of the base's encoder E: what E' learned there
+would be missing from the picture.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import customdiff_kernels as ck
+
+from .captions import captions_for
+from .concept import TextFeatures, base_metadata, text_encoders, tokenize
+from .config import TrainConfig
+from .residual import Residual
+from .subjects import occurrences
+from .texts import BATCH, Texts
+from .training import Batch, Training
+from .views import Pictures, content_hash
+
+AFTER = 0.1  # of what comes after the subject, in the published code's preservation
+
+
+class LearnedEncoder:
+    """The parameters of a run: a copy of the pipeline's text encoder, whose own stays as it is.
+
+    base, weight: the keys and values, which do not train.
+
+    Raises ValueError for a text encoder in half precision, or two of them.
+    """
+
+    def __init__(self, pipeline: Any):
+        if len(text_encoders(pipeline)) > 1:
+            raise ValueError("method 'cones2' is for one text encoder, and this base (SDXL) has two")
+        if pipeline.text_encoder.dtype != torch.float32:
+            raise ValueError(
+                f"method 'cones2' trains the text encoder, which is {pipeline.text_encoder.dtype}; load the "
+                "base in float32 and give mixed_precision"
+            )
+        live = ck.KVStack.from_unet(pipeline.unet)
+        self.base, self.of_base = live.to(torch.float32).clone(), base_metadata(live)
+        self.weight = self.base.weight
+        self.others: dict[str, Tensor] = {}
+        self.encoder: nn.Module = copy.deepcopy(pipeline.text_encoder).requires_grad_(True)
+
+    def groups(self) -> list[dict[str, Any]]:
+        return [{"params": self.parameters(), "of": "weights"}]
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.encoder.parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        return {name: parameter.detach() for name, parameter in self.encoder.named_parameters()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    def release(self) -> None:
+        """Nothing of the pipeline was changed."""
+
+
+class Marked(NamedTuple):
+    """Token ids (n,S) of texts, and the subject in them: time k, it is in text[k] at tokens[k] (tokens,)."""
+
+    ids: Tensor
+    text: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, tokenizer: Any, texts: Sequence[str], word: str, device: Any = None) -> Marked:
+        """Raises ValueError for a text without the word."""
+        found = [(i, at) for i, text in enumerate(texts) for at in occurrences(tokenizer, text, word)]
+        if lacking := set(range(len(texts))) - {i for i, _ in found}:
+            raise ValueError(
+                f"prompt {texts[min(lacking)]!r} has no {word!r} among the tokens that the text encoder "
+                "reads; name the category in every prompt"
+            )
+        ids = tokenize(tokenizer, texts, [()] * len(texts)).ids
+        text, tokens = (torch.tensor(part, device=device) for part in zip(*found, strict=True))
+        return cls(ids.to(device), text, tokens)
+
+    def subject(self) -> Tensor:
+        """(n,S) bool: the subject's tokens, wherever a text names it."""
+        mask = torch.zeros_like(self.ids, dtype=torch.bool)
+        mask[self.text[:, None], self.tokens] = True
+        return mask
+
+
+def preservation(moved: Tensor, subject: Tensor, form: str = "captions") -> Tensor:
+    """(n,): what the features of each text moved by at all positions but the subject's.
+
+    moved: (n,S,E), E'(c) - E(c).
+    subject: (n,S) bool.
+    form: "captions": the sum over positions of squared distances (equation 3); "prompt": the published code's
+        distance of all that comes before the subject, plus a tenth of that of all that comes after.
+    """
+    kept = moved.masked_fill(subject[..., None], 0)
+    if form == "captions":
+        return kept.square().sum((1, 2))
+    before = (subject.cumsum(1) == 0)[..., None]
+    return sum(
+        share * torch.linalg.vector_norm(kept * side, dim=(1, 2))
+        for share, side in ((1, before), (AFTER, ~before))
+    )
+
+
+class ResidualTexts(Texts):
+    """The prompts of the pictures, by the encoder that trains, and the captions, by both.
+
+    Raises ValueError for a prompt or a caption without the category's word, or too few captions.
+    """
+
+    def __init__(self, config: TrainConfig, pipeline: Any, encoder: nn.Module):
+        super().__init__(config, pipeline, rows={}, kept={}, captions=())
+        self.encoder, self._fixed = encoder, None
+        tokenizer, word, device = pipeline.tokenizer, config.category or "", encoder.device
+        Marked.of(tokenizer, [*self._prompts, *config.validation_prompts], word)
+        self.prompts = Marked.of(tokenizer, self._prompts, word, device)
+        self.captions = captions_for(config, tokenizer)
+        self.marked = Marked.of(tokenizer, self.captions, word, device)
+
+    def of_prompts(self, prompts: Sequence[str]) -> TextFeatures:
+        distinct = list(dict.fromkeys(prompts))
+        features = self.encoder(self.prompts.ids[self.numbers(distinct)]).last_hidden_state
+        return TextFeatures(features[[distinct.index(prompt) for prompt in prompts]], None)
+
+    def numbers(self, prompts: Sequence[str]) -> list[int]:
+        return [self._prompts.index(prompt) for prompt in prompts]
+
+    def moved(self, ids: Tensor) -> Tensor:
+        """E'(c) - E(c) (n,S,E) of token ids (n,S)."""
+        with torch.no_grad():
+            base = self.pipeline.text_encoder(ids).last_hidden_state
+        return self.encoder(ids).last_hidden_state - base
+
+    @torch.no_grad()
+    def shift(self) -> Tensor:
+        """(tokens,E) float32 on the CPU: the mean of what the subject's tokens moved by (equation 5)."""
+        marked, total = self.marked, 0.0
+        for chunk in torch.arange(len(marked.text), device=marked.text.device).split(BATCH):
+            moved = self.moved(marked.ids[marked.text[chunk]])
+            total += moved[torch.arange(len(chunk))[:, None], marked.tokens[chunk]].double().sum(0)
+        return (total / len(marked.text)).float().cpu()
+
+
+class ResidualTraining(Training):
+    """A run of Cones 2 in progress: what ``Training`` is, with the text encoder as what learns."""
+
+    frozen_tokens = 0
+
+    def _new_learned(self, start: Any) -> LearnedEncoder:
+        return LearnedEncoder(self.pipeline)
+
+    def _new_texts(self, pictures: Sequence[Pictures]) -> ResidualTexts:
+        return ResidualTexts(self.config, self.pipeline, self.learned.encoder)
+
+    def _read_pictures(self, pictures: Sequence[Pictures]) -> None:
+        super()._read_pictures(pictures)
+        self.pictures_hash += content_hash([], [self.texts.captions])
+
+    def draw(self) -> Batch:
+        batch, count = super().draw(), self.config.batch_size
+        if self.config.preservation == "captions":
+            captions = torch.randint(len(self.texts.captions), (count,), generator=self.generator)
+        else:
+            captions = torch.tensor(self.texts.numbers(batch.prompts))
+        return batch._replace(captions=captions)
+
+    def loss(self, batch: Batch, concepts: int, prior: int) -> Tensor:
+        """``Training.loss`` plus λ times the mean preservation loss (equation 4)."""
+        config, texts = self.config, self.texts
+        marked = texts.marked if config.preservation == "captions" else texts.prompts
+        rows = batch.captions.to(marked.ids.device)
+        with self.accelerator.autocast():
+            moved = texts.moved(marked.ids[rows])
+        kept = preservation(moved, marked.subject()[rows], config.preservation)
+        return super().loss(batch, concepts, prior) + config.preservation_weight * kept.sum() / concepts
+
+    def concept(self) -> Residual:
+        """What was learned so far."""
+        metadata = {**self.learned.of_base, **self._metadata()}
+        return Residual(self.config.category, self.texts.shift(), metadata)
+
+    def for_sampling(self) -> dict[str, Any]:
+        return {"residuals": {self.config.category: self.concept()}}
