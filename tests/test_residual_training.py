@@ -59,8 +59,9 @@ def both(run, base):
     return copy.deepcopy(run.learned.encoder).double(), load(base).text_encoder.double()
 
 
-def test_equations_3_to_5_in_float64(config):
-    with training_of(config) as run:
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_equations_3_to_5_in_float64(config, scale):
+    with training_of(dataclasses.replace(config, residual_scale=scale)) as run:
         assert run.concept().shift.abs().max() == 0
         for _ in range(3):
             run.step()
@@ -73,16 +74,35 @@ def test_equations_3_to_5_in_float64(config):
     terms = []
     for caption in (run.texts.captions[i] for i in batch.captions):
         (s,) = find_subject(words, caption, "dog")
-        moved = features(learned, words, caption) - features(base, words, caption)
+        moved = scale * (features(learned, words, caption) - features(base, words, caption))
         assert moved.shape == (16, 32), "padding counts"
         terms.append(sum(moved[p].square().sum() for p in range(16) if p != s))
     torch.testing.assert_close((loss - plain).double(), 0.5 * sum(terms) / 2, rtol=1e-4, atol=1e-6)
     mean = torch.zeros(1, 32, dtype=torch.float64)
     for caption in run.texts.captions:
         at = list(find_subject(words, caption, "dog"))
-        mean += (features(learned, words, caption) - features(base, words, caption))[at] / 40
+        mean += scale * (features(learned, words, caption) - features(base, words, caption))[at] / 40
     assert mean.abs().max() > 1e-3
     torch.testing.assert_close(found.shift.double(), mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_equation_2_is_of_the_trained_encoder(config, scale):
+    """The loss of the pictures, by diffusers' own modules in float64."""
+    with training_of(dataclasses.replace(config, residual_scale=scale)) as run:
+        run.step()
+        batch = run.draw()
+        found = training.Training.loss(run, batch, 2, 0)
+        learned, base = both(run, config.base)
+        latents = run.views.latents.at(batch.views, batch.posterior).double()
+    reference = load(config.base)
+    e, c = (features(encoder, reference.tokenizer, "a photo of a dog") for encoder in (base, learned))
+    latents = latents * reference.vae.config.scaling_factor
+    noise = batch.noise.double()
+    noisy = run.scheduler.add_noise(latents, noise, batch.timesteps)
+    context = (e + scale * (c - e)).expand(2, -1, -1)
+    output = reference.unet.double()(noisy, batch.timesteps, context).sample
+    torch.testing.assert_close(found.double(), (output - noise).square().mean(), rtol=1e-5, atol=0)
 
 
 def test_the_published_preservation_in_float64(config):

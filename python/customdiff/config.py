@@ -14,6 +14,7 @@ EMBEDDED_LEARNING_RATE, EMBEDDED_EMBEDDING_RATE = 1e-3, 1.5e-2
 WHOLE_UNET = 0.1  # appendix D: all of the UNet learns at a tenth of the rate of keys and values
 # Cones 2, appendix A; the text encoder of the embedded base has to move further
 RESIDUAL_LEARNING_RATE, EMBEDDED_RESIDUAL_RATE, RESIDUAL_STEPS = 1e-6, 1e-3, 3000
+EMBEDDED_RESIDUAL_SCALE = 3.0  # and further than its last layer norm lets it
 PRESERVATION_WEIGHT = 1e-3  # the paper names none
 
 RARE, NORMAL, CATEGORY = "<rare>", "<normal>", "<category>"  # of initializer_token; no words of a vocabulary
@@ -25,7 +26,7 @@ OF_CUSTOM_DIFFUSION = (
     "train_modifier_token prior_weight caption_dropout generated_count generated_steps "
     "embedding_learning_rate rare_captions"
 ).split()
-OF_CONES2 = "captions caption_count preservation preservation_weight".split()
+OF_CONES2 = "captions caption_count preservation preservation_weight residual_scale".split()
 
 
 class Stopped(RuntimeError):
@@ -166,6 +167,11 @@ class TrainConfig(ConceptConfig):
         None,
         help=f"cones2: λ, of the loss that keeps the other tokens (default: {PRESERVATION_WEIGHT:g})",
     )
+    residual_scale: float | None = option(
+        None,
+        help="cones2: what the text encoder's output moved by counts so many times, in training and in the "
+        f"residual (default: the paper's 1, for the embedded base {EMBEDDED_RESIDUAL_SCALE:g})",
+    )
     steps: int | None = option(
         None,
         help=f"optimizer steps (default: {PAPER_STEPS} for one concept, twice that for several; cones2: "
@@ -291,7 +297,13 @@ class TrainConfig(ConceptConfig):
                     raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.preservation_weight is not None and not self.preservation_weight >= 0:
             raise ValueError(f"preservation_weight must be at least 0, got {self.preservation_weight}")
-        for name in ("learning_rate", "embedding_learning_rate", "min_snr_gamma", "resolution"):
+        for name in (
+            "learning_rate",
+            "embedding_learning_rate",
+            "residual_scale",
+            "min_snr_gamma",
+            "resolution",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")

@@ -6,6 +6,10 @@ The loss is that of the denoised pictures plus λ times what E' moved at all tok
 "All tokens" are here all S positions of the context: the start token, the end token and the padding too. The
 UNet reads every one of them, and in sampling they are those of the base's encoder E: what E' learned there
 would be missing from the picture.
+
+A layer norm ends E', so no token can leave a sphere. Where the subject lies outside, as with the small
+embedded base, ``residual_scale`` s lifts this: all of the above holds of E + s·(E' - E) in the place of E'.
+The paper's is s = 1.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import customdiff_kernels as ck
 
 from .captions import captions_for
 from .concept import TextFeatures, base_metadata, text_encoders, tokenize
-from .config import TrainConfig
+from .config import EMBEDDED_RESIDUAL_SCALE, TrainConfig
 from .residual import Residual
 from .subjects import occurrences
 from .texts import BATCH, Texts
@@ -119,12 +123,14 @@ def preservation(moved: Tensor, subject: Tensor, form: str = "captions") -> Tens
 class ResidualTexts(Texts):
     """The prompts of the pictures, by the encoder that trains, and the captions, by both.
 
+    scale: of what the trained encoder moved.
+
     Raises ValueError for a prompt or a caption without the category's word, or too few captions.
     """
 
-    def __init__(self, config: TrainConfig, pipeline: Any, encoder: nn.Module):
+    def __init__(self, config: TrainConfig, pipeline: Any, encoder: nn.Module, scale: float):
         super().__init__(config, pipeline, rows={}, kept={}, captions=())
-        self.encoder, self._fixed = encoder, None
+        self.encoder, self.scale = encoder, scale
         tokenizer, word, device = pipeline.tokenizer, config.category or "", encoder.device
         Marked.of(tokenizer, [*self._prompts, *config.validation_prompts], word)
         self.prompts = Marked.of(tokenizer, self._prompts, word, device)
@@ -133,17 +139,19 @@ class ResidualTexts(Texts):
 
     def of_prompts(self, prompts: Sequence[str]) -> TextFeatures:
         distinct = list(dict.fromkeys(prompts))
-        features = self.encoder(self.prompts.ids[self.numbers(distinct)]).last_hidden_state
+        numbers = self.numbers(distinct)
+        learned = self.encoder(self.prompts.ids[numbers]).last_hidden_state
+        features = torch.lerp(self._fixed.context[numbers], learned, self.scale)
         return TextFeatures(features[[distinct.index(prompt) for prompt in prompts]], None)
 
     def numbers(self, prompts: Sequence[str]) -> list[int]:
         return [self._prompts.index(prompt) for prompt in prompts]
 
     def moved(self, ids: Tensor) -> Tensor:
-        """E'(c) - E(c) (n,S,E) of token ids (n,S)."""
+        """s·(E'(c) - E(c)) (n,S,E) of token ids (n,S)."""
         with torch.no_grad():
             base = self.pipeline.text_encoder(ids).last_hidden_state
-        return self.encoder(ids).last_hidden_state - base
+        return self.scale * (self.encoder(ids).last_hidden_state - base)
 
     @torch.no_grad()
     def shift(self) -> Tensor:
@@ -164,7 +172,8 @@ class ResidualTraining(Training):
         return LearnedEncoder(self.pipeline)
 
     def _new_texts(self, pictures: Sequence[Pictures]) -> ResidualTexts:
-        return ResidualTexts(self.config, self.pipeline, self.learned.encoder)
+        scale = self.config.residual_scale or (EMBEDDED_RESIDUAL_SCALE if self.embedded else 1.0)
+        return ResidualTexts(self.config, self.pipeline, self.learned.encoder, scale)
 
     def _read_pictures(self, pictures: Sequence[Pictures]) -> None:
         super()._read_pictures(pictures)

@@ -47,7 +47,7 @@ class Texts:
             for part in self._captions:
                 part[self._empty] = 0
         self._prompts = self._all_prompts()
-        fixed = self._encode(self._prompts, rows)  # a bad one fails now, not at the step that draws it
+        fixed: Any = self._encode(self._prompts, rows)  # a bad one fails now, not at the step that draws it
         trains = any(row.requires_grad for parts in rows.values() for row in parts)
         self._fixed = None if trains else fixed
 
