@@ -26,7 +26,7 @@ OF_CUSTOM_DIFFUSION = (
     "train_modifier_token prior_weight caption_dropout generated_count generated_steps "
     "embedding_learning_rate rare_captions"
 ).split()
-OF_CONES2 = "captions caption_count preservation preservation_weight residual_scale".split()
+OF_CONES2 = "captions caption_count caption_batch preservation preservation_weight residual_scale".split()
 
 
 class Stopped(RuntimeError):
@@ -158,6 +158,7 @@ class TrainConfig(ConceptConfig):
         "(default: generated)",
     )
     caption_count: int = option(1000, help="cones2: captions that are generated; the paper has 1000")
+    caption_batch: int = option(32, help="cones2: captions a step, of all processes together")
     preservation: Literal["captions", "prompt"] = option(
         "captions",
         help="cones2: keep the other tokens by squared distances over the captions, as the paper; or of the "
@@ -179,8 +180,7 @@ class TrainConfig(ConceptConfig):
     )
     batch_size: int = option(
         4,
-        help="concept pictures a step, of all processes together, and as many regularization pictures, or "
-        "captions of cones2",
+        help="concept pictures a step, of all processes together, and as many regularization pictures",
     )
     accumulation: int = option(
         1, help="passes that a process takes a step's pictures in: less memory, the same result"
@@ -288,7 +288,7 @@ class TrainConfig(ConceptConfig):
     def _check_numbers(self) -> None:
         at_least = {
             1: "steps batch_size accumulation copies generated_count generated_steps validation_every "
-            "caption_count",
+            "caption_count caption_batch",
             0: "checkpoint_every keep_every seed prior_weight weight_decay shift",
         }
         for low, names in at_least.items():

@@ -53,7 +53,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     ),
     "cones2-paper": (
         "Cones 2 as its paper describes it",
-        {"method": "cones2", "learning_rate": 1e-6, "batch_size": 1, "shift": 0.0, "residual_scale": 1.0},
+        {
+            "method": "cones2",
+            "learning_rate": 1e-6,
+            "batch_size": 1,
+            "caption_batch": 1,
+            "shift": 0.0,
+            "residual_scale": 1.0,
+        },
         (3000, 3000),
     ),
     "cones2-code": (

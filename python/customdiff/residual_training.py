@@ -180,7 +180,7 @@ class ResidualTraining(Training):
         self.pictures_hash += content_hash([], [self.texts.captions])
 
     def draw(self) -> Batch:
-        batch, count = super().draw(), self.config.batch_size
+        batch, count = super().draw(), self.config.caption_batch
         if self.config.preservation == "captions":
             captions = torch.randint(len(self.texts.captions), (count,), generator=self.generator)
         else:
@@ -190,12 +190,16 @@ class ResidualTraining(Training):
     def loss(self, batch: Batch, concepts: int, prior: int) -> Tensor:
         """``Training.loss`` plus λ times the mean preservation loss (equation 4)."""
         config, texts = self.config, self.texts
-        marked = texts.marked if config.preservation == "captions" else texts.prompts
-        rows = batch.captions.to(marked.ids.device)
-        with self.accelerator.autocast():
-            moved = texts.moved(marked.ids[rows])
-        kept = preservation(moved, marked.subject()[rows], config.preservation)
-        return super().loss(batch, concepts, prior) + config.preservation_weight * kept.sum() / concepts
+        over_captions = config.preservation == "captions"
+        marked = texts.marked if over_captions else texts.prompts
+        count = config.caption_batch if over_captions else concepts
+        loss, rows = super().loss(batch, concepts, prior), batch.captions.to(marked.ids.device)
+        if len(rows):  # else fewer captions than processes
+            with self.accelerator.autocast():
+                moved = texts.moved(marked.ids[rows])
+            kept = preservation(moved, marked.subject()[rows], config.preservation)
+            loss = loss + config.preservation_weight * kept.sum() / count
+        return loss
 
     def concept(self) -> Residual:
         """What was learned so far."""

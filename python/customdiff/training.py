@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     posterior: Tensor  # (B+P,c,h,w) normal, for the autoencoder's samples
     noise: Tensor  # (B+P,c,h,w) normal
     timesteps: Tensor  # (B+P,)
-    captions: Tensor  # (B,) of Cones 2, else none
+    captions: Tensor  # (C,) texts in which Cones 2 preserves the other tokens
 
     def part(self, index: int, count: int) -> Batch:
         """Part `index` of `count`: of both kinds of pictures its share."""
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
             self.posterior[both],
             self.noise[both],
             self.timesteps[both],
-            self.captions[concept] if len(self.captions) else self.captions,
+            self.captions.tensor_split(count)[index],
         )
 
 

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
       --output dog_then_cat.safetensors
   customdiff train --images moongates/ --category moongate --modifier-token none --regularization generated
   customdiff train --images prints/ --category art --style --validation-prompts "a <new1> art dog"
+  customdiff train --method cones2 --images my_dog/ --category dog --output dog_residual.safetensors
   customdiff train --config run.yaml --resume
   accelerate launch --num_processes 2 -m customdiff train --config run.yaml   # one process a GPU
   torchrun --nproc-per-node 2 -m customdiff train --config run.yaml           # also on CPUs
