@@ -4,8 +4,10 @@ import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_trainer import flags_of, state_of
 from training_runs import folders, load, training_of  # noqa: F401
 
@@ -16,6 +18,8 @@ from customdiff.config import TrainConfig
 from customdiff.presets import PRESETS
 from customdiff.residual import Residual, add_residuals
 from customdiff.residual_training import Marked, ResidualTraining, preservation
+from customdiff.sampler import sample
+from customdiff.sheet import contact_sheet
 from customdiff.subjects import find_subject
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -249,6 +253,25 @@ def test_the_command_writes_what_loads(config, folders, tmp_path, capsys):  # no
     assert json.dumps(found.metadata)
     assert cli.main(["train", *map(str, arguments)]) == 2
     assert "exists; name another" in capsys.readouterr().err
+
+
+def test_validation_draws_with_the_residual_so_far(config, tmp_path):
+    plain = trainer.train(
+        dataclasses.replace(config, output=str(tmp_path / "plain.safetensors")), progress=False
+    )
+    prompt = "a dog on the grass"
+    chosen = dataclasses.replace(config, validation_prompts=prompt, validation_every=4)
+    result = trainer.train(chosen, progress=False)
+    assert result.losses == plain.losses
+    with Image.open(tmp_path / "dog.validation" / "000004.png") as image:
+        drawn = np.asarray(image)
+    options = {"steps": 25, "guidance_scale": 6.0, "seeds": config.seed, "progress": False}
+    pictures = [
+        sample(load(config.base), prompt, residuals=residuals, **options)
+        for residuals in ({"dog": result.concept}, None)
+    ]
+    same = [np.array_equal(drawn, np.asarray(contact_sheet([(prompt, made)]))) for made in pictures]
+    assert same == [True, False]
 
 
 # --- captions ---

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,11 @@ class LearnedEncoder:
         self.weight = self.base.weight
         self.others: dict[str, Tensor] = {}
         self.encoder: nn.Module = copy.deepcopy(pipeline.text_encoder).requires_grad_(True)
+
+    @cached_property
+    def base_hash(self) -> str:
+        """Of the keys and values."""
+        return self.base.hash()
 
     def groups(self) -> list[dict[str, Any]]:
         return [{"params": self.parameters(), "of": "weights"}]
