@@ -91,10 +91,10 @@ def test_equations_3_to_5_in_float64(config, scale):
     torch.testing.assert_close(found.shift.double(), mean, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_equation_2_is_of_the_trained_encoder(config, scale):
+@pytest.mark.parametrize("scale, alone", [(1.0, False), (2.5, False), (2.5, True)])
+def test_equation_2_is_of_the_trained_encoder(config, scale, alone):
     """The loss of the pictures, by diffusers' own modules in float64."""
-    with training_of(dataclasses.replace(config, residual_scale=scale)) as run:
+    with training_of(dataclasses.replace(config, residual_scale=scale, subject_alone=alone)) as run:
         run.step()
         batch = run.draw()
         found = training.Training.loss(run, batch, 2, 0)
@@ -105,7 +105,10 @@ def test_equation_2_is_of_the_trained_encoder(config, scale):
     latents = latents * reference.vae.config.scaling_factor
     noise = batch.noise.double()
     noisy = run.scheduler.add_noise(latents, noise, batch.timesteps)
-    context = (e + scale * (c - e)).expand(2, -1, -1)
+    moved = scale * (c - e)
+    if alone:  # "a photo of a dog" after the start token
+        moved[:5] = moved[6:] = 0
+    context = (e + moved).expand(2, -1, -1)
     output = reference.unet.double()(noisy, batch.timesteps, context).sample
     torch.testing.assert_close(found.double(), (output - noise).square().mean(), rtol=1e-5, atol=0)
 

@@ -26,7 +26,9 @@ OF_CUSTOM_DIFFUSION = (
     "train_modifier_token prior_weight caption_dropout generated_count generated_steps "
     "embedding_learning_rate rare_captions"
 ).split()
-OF_CONES2 = "captions caption_count caption_batch preservation preservation_weight residual_scale".split()
+OF_CONES2 = (
+    "captions caption_count caption_batch preservation preservation_weight residual_scale subject_alone"
+).split()
 
 
 class Stopped(RuntimeError):
@@ -172,6 +174,11 @@ class TrainConfig(ConceptConfig):
         None,
         help="cones2: what the text encoder's output moved by counts so many times, in training and in the "
         f"residual (default: the paper's 1, for the embedded base {EMBEDDED_RESIDUAL_SCALE:g})",
+    )
+    subject_alone: bool = option(
+        False,
+        help="cones2: learn the pictures under the base's text features with the category's word alone "
+        "moved, as in sampling; the paper has there all that the encoder moved, of which sampling lacks some",
     )
     steps: int | None = option(
         None,

@@ -9,7 +9,8 @@ would be missing from the picture.
 
 A layer norm ends E', so no token can leave a sphere. Where the subject lies outside, as with the small
 embedded base, ``residual_scale`` s lifts this: all of the above holds of E + s·(E' - E) in the place of E'.
-The paper's is s = 1.
+The paper's is s = 1. And with ``subject_alone`` the pictures are learned under the features of sampling
+itself, E moved at the subject's tokens alone (equation 6): nothing is learned where it would be missing.
 """
 
 from __future__ import annotations
@@ -147,7 +148,10 @@ class ResidualTexts(Texts):
         distinct = list(dict.fromkeys(prompts))
         numbers = self.numbers(distinct)
         learned = self.encoder(self.prompts.ids[numbers]).last_hidden_state
-        features = torch.lerp(self._fixed.context[numbers], learned, self.scale)
+        base = self._fixed.context[numbers]
+        features = torch.lerp(base, learned, self.scale)
+        if self.config.subject_alone:
+            features = torch.where(self.prompts.subject()[numbers][..., None], features, base)
         return TextFeatures(features[[distinct.index(prompt) for prompt in prompts]], None)
 
     def numbers(self, prompts: Sequence[str]) -> list[int]:
