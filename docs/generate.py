@@ -71,7 +71,8 @@ def training_options() -> str:
     lines = ["# Options of `customdiff train`", "", _OPTIONS, "", "## Presets", ""]
     for name, (about, settings, (one, several)) in PRESETS.items():
         said = ", ".join(f"`{key}` {_plain(value)}" for key, value in settings.items())
-        lines.append(f"- `{name}`: {_plain(about)}. `steps` {one} ({several} for several concepts), {said}.")
+        more = f" ({several} for several concepts)" * (several != one)
+        lines.append(f"- `{name}`: {_plain(about)}. `steps` {one}{more}, {said}.")
     own = {field.name for field in dataclasses.fields(ConceptConfig)}
     for title, of_concept in (("Of a concept", True), ("Of a run", False)):
         lines += ["", f"## {title}", "", "| field | default | what it is |", "|---|---|---|"]
