@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from pathlib import Path
 
 import pytest
 import tiny_pipeline
@@ -11,9 +12,10 @@ from training_runs import config, folders, keep_gradients, load, several, traini
 
 import customdiff_kernels as ck
 import tinysd
-from customdiff import augment, base, texts, training
+from customdiff import augment, base, data, texts, training
 from customdiff.concept import Concept, TextFeatures
 from customdiff.config import EMBEDDED_LEARNING_RATE, TrainConfig
+from customdiff.views import Pictures, read_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -169,6 +171,44 @@ def test_resized_views_train_on_the_picture_alone_and_say_their_size(config, mon
             latents[..., 4:, 4:] += change
             losses.append(run._losses(latents, text, batch.noise[:2], batch.timesteps[:2], mask))
         assert torch.equal(*losses) and losses[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size_words", ["after", "before"])
+def test_a_captioned_picture_has_its_own_caption(config, tmp_path, size_words):  # noqa: F811
+    captions = ["photo of a dog on the grass", "a Dog in the snow", "a <new1> dog"]
+    images = tiny_pipeline.pictures(tmp_path / "captioned", 3, seed=0)
+    for i, caption in enumerate(captions):
+        Path(images, f"{i}.txt").write_text(caption)
+    settings = {"images": images, "category": "dog", "captioned": True, "flip": True, "resize": 0.5}
+    chosen = dataclasses.replace(config, **settings, size_words=size_words, batch_size=8, shift=0.3)
+    expected = ["photo of a <new1> dog on the grass", "a <new1> dog in the snow", "a <new1> dog"]
+    with training_of(chosen) as run:
+        whole = read_pixels(Pictures.read(chosen)[0].concept, run.resolution, "centre")
+        assert run.texts.of_concepts == [expected]
+        # each view is of the picture that it says: the unmoved copies come first
+        unmoved = run.views.latents.mean[run.views.whole[0].start :][:3]
+        either = [data.encode(run.pipeline.vae, x).mean for x in (whole, whole.flip(-1))]
+        for i, view in enumerate(unmoved):
+            assert run.views.picture[run.views.whole[0].start + i] == i
+            assert min(float((view - latents[i]).abs().max()) for latents in either) < 1e-5
+        for _ in range(4):
+            batch = run.draw()
+            for view, prompt in zip(batch.views.tolist(), batch.prompts, strict=True):
+                words = run.views.words[view]
+                assert prompt == augment.sized(expected[run.views.picture[view]], words, size_words)
+            run.step()
+
+
+def test_a_caption_that_names_nothing_is_refused(config, tmp_path):  # noqa: F811
+    images = tiny_pipeline.pictures(tmp_path / "captioned", 2, seed=0, caption="a catdog on the grass")
+    chosen = dataclasses.replace(config, images=images, category="cat", captioned=True)
+    with pytest.raises(
+        ValueError, match="'a catdog on the grass'.* has neither <new1> nor the category 'cat'"
+    ):
+        Pictures.read(chosen)
+    bare = tiny_pipeline.pictures(tmp_path / "bare", 2, seed=0)
+    with pytest.raises(ValueError, match="has no caption; write it into '.*txt'"):
+        Pictures.read(dataclasses.replace(chosen, images=bare))
 
 
 def test_a_style_has_no_size_words(config):  # noqa: F811

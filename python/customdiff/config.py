@@ -53,6 +53,12 @@ class ConceptConfig:
         help="one or more prompts for these pictures, each with the modifier token (default: "
         '"photo of a <new1> dog", of the category; of a style "painting in the style of <new1> art")',
     )
+    captioned: bool = option(
+        False,
+        help="each picture's own caption is its prompt, in the place of prompts: from a .txt beside it, "
+        "captions.csv or captions.jsonl; it names the category, before which the modifier token is put where "
+        "the caption lacks it",
+    )
     category: str | None = option(None, help='what the concept is one of: "dog"; of a style: "art"')
     style: bool = option(
         False, help="the pictures share a style, not a subject: other prompts, no size words"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +15,33 @@ GUIDANCE_SCALE = 4.0  # with which concepts of it are drawn
 
 
 def write_concept(folder: Path, name: str, count: int, seed: int) -> Path:
-    """`count` pictures of the concept `name`, one of ``world.concepts()``, in a folder of their own."""
-    without_pictures(folder)
-    for i, (picture, _) in enumerate(world.concept_pictures(name, count, seed)):
-        picture.save(folder / f"{i}.png")
-    return folder
+    """`count` pictures of the concept `name`, one of ``world.concepts()``, in a folder of their own.
+
+    Their captions name category and place.
+    """
+    return _write(
+        folder, [(f"{i}", *made) for i, made in enumerate(world.concept_pictures(name, count, seed))]
+    )
 
 
 def write_regularization(folder: Path, count: int, seed: int) -> Path:
     """`count` real pictures of random subjects, with their captions."""
+    rng, made = np.random.default_rng(seed), []
+    for i in range(count):
+        scene, caption = world.sample(rng)
+        made.append((f"{i:04}", Image.fromarray(world.render(scene)[0]), caption))
+    return _write(folder, made)
+
+
+def _write(folder: Path, captioned: Sequence[tuple[str, Image.Image, str]]) -> Path:
+    """(name, picture, caption) as PNG and one captions.csv."""
     without_pictures(folder)
-    rng = np.random.default_rng(seed)
     with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["file", "caption"])
-        for i in range(count):
-            scene, caption = world.sample(rng)
-            Image.fromarray(world.render(scene)[0]).save(folder / f"{i:04}.png")
-            table.writerow([f"{i:04}.png", caption])
+        for name, picture, caption in captioned:
+            picture.save(folder / f"{name}.png")
+            table.writerow([f"{name}.png", caption])
     return folder
 
 

@@ -135,8 +135,15 @@ class ResidualTexts(Texts):
     Raises ValueError for a prompt or a caption without the category's word, or too few captions.
     """
 
-    def __init__(self, config: TrainConfig, pipeline: Any, encoder: nn.Module, scale: float):
-        super().__init__(config, pipeline, rows={}, kept={}, captions=())
+    def __init__(
+        self,
+        config: TrainConfig,
+        pipeline: Any,
+        prompts: Sequence[Sequence[str]],
+        encoder: nn.Module,
+        scale: float,
+    ):
+        super().__init__(config, pipeline, {}, {}, (), prompts)
         self.encoder, self.scale = encoder, scale
         tokenizer, word, device = pipeline.tokenizer, config.category or "", encoder.device
         Marked.of(tokenizer, [*self._prompts, *config.validation_prompts], word)
@@ -183,7 +190,8 @@ class ResidualTraining(Training):
 
     def _new_texts(self, pictures: Sequence[Pictures]) -> ResidualTexts:
         scale = self.config.residual_scale or (EMBEDDED_RESIDUAL_SCALE if self.embedded else 1.0)
-        return ResidualTexts(self.config, self.pipeline, self.learned.encoder, scale)
+        prompts = [each.prompts for each in pictures]
+        return ResidualTexts(self.config, self.pipeline, prompts, self.learned.encoder, scale)
 
     def _read_pictures(self, pictures: Sequence[Pictures]) -> None:
         super()._read_pictures(pictures)

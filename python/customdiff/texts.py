@@ -22,6 +22,7 @@ class Texts:
         rows: the embeddings of the run's modifier tokens, which may be parameters.
         kept: those of others, that the run goes on from.
         captions: of the regularization pictures, in their order.
+        prompts: of each concept; default: those of the configuration.
 
     Raises ValueError for a text that cannot be encoded, or a validation prompt that names no concept.
     """
@@ -33,8 +34,10 @@ class Texts:
         rows: dict[str, tuple[Tensor, ...]],
         kept: dict[str, Row],
         captions: Sequence[str],
+        prompts: Sequence[Sequence[str]] | None = None,
     ):
         self.config, self.pipeline, self.rows = config, pipeline, rows
+        self.of_concepts = prompts or [subject.prompts for subject in config.subjects]
         words = {**kept, **rows}
         for prompt in config.validation_prompts:
             Concept({}, words).check_prompt(prompt)
@@ -52,9 +55,12 @@ class Texts:
         self._fixed = None if trains else fixed
 
     def prompt(self, concept: int, number: int, words: str) -> str:
-        """The prompt `number` of a concept with its words of size; those that stand first want the first."""
-        prompts, place = self.config.subjects[concept].prompts, self.config.size_words
-        return augment.sized(prompts[0 if words and place == "before" else number], words, place)
+        """The prompt `number` of a concept with its words of size; those that stand first want the first, but
+        for a picture's own caption.
+        """
+        prompts, place = self.of_concepts[concept], self.config.size_words
+        first = words and place == "before" and not self.config.subjects[concept].captioned
+        return augment.sized(prompts[0 if first else number], words, place)
 
     def of_prompts(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of concepts' prompts; each that differs runs through the text encoder once."""
@@ -74,7 +80,7 @@ class Texts:
         prompts = [
             self.prompt(i, j, words)
             for i, subject in enumerate(self.config.subjects)
-            for j in range(len(subject.prompts))
+            for j in range(len(self.of_concepts[i]))
             for words in (sizes[:1] if subject.style else sizes)
         ]
         return list(dict.fromkeys(prompts))

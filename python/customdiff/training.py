@@ -112,7 +112,8 @@ class Training:
 
     def _new_texts(self, pictures: Sequence[Pictures]) -> Texts:
         captions = [caption for each in pictures for caption in each.captions]
-        return Texts(self.config, self.pipeline, self.learned.rows, self.learned.kept, captions)
+        learned, prompts = self.learned, [each.prompts for each in pictures]
+        return Texts(self.config, self.pipeline, learned.rows, learned.kept, captions, prompts)
 
     def _read_pictures(self, pictures: Sequence[Pictures]) -> None:
         """Encodes all pictures, as often as they are drawn from."""
@@ -123,7 +124,8 @@ class Training:
             for each in pictures
             if each.regularization
         ]
-        self.pictures_hash = content_hash([*pixels, *prior], [each.captions for each in pictures])
+        texts = [texts for each in pictures for texts in (each.prompts, each.captions)]
+        self.pictures_hash = content_hash([*pixels, *prior], texts)
         self.views = Views(config, pixels, pipeline.vae, self.generator)
         self.prior_latents = data.encode(pipeline.vae, torch.cat(prior)) if prior else None
         ends = torch.tensor([0, *map(len, prior)]).cumsum(0).tolist()
@@ -172,9 +174,13 @@ class Training:
         turns = torch.arange(count) + self.steps_done * count  # of the concepts, and of their regularization
         concepts = turns % len(config.subjects)
         views = self.views.draw(concepts, generator)
-        texts = choose([range(len(subject.prompts)) for subject in config.subjects], concepts, generator)
+        texts = choose([range(len(prompts)) for prompts in self.texts.of_concepts], concepts, generator)
         prompts = [
-            self.texts.prompt(concept, text, self.views.words[view])
+            self.texts.prompt(
+                concept,
+                self.views.picture[view] if config.subjects[concept].captioned else text,
+                self.views.words[view],
+            )
             for concept, text, view in zip(concepts.tolist(), texts.tolist(), views.tolist(), strict=True)
         ]
         none = torch.zeros(0, dtype=torch.long)

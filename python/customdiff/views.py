@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,13 @@ CHUNK = 8  # pictures whose views are in memory at a time, at full size
 
 @dataclass(frozen=True)
 class Pictures:
-    """The files that a concept is learned from, and the captioned ones that keep the prior."""
+    """The files that a concept is learned from, and the captioned ones that keep the prior.
+
+    prompts: to choose from or, of a ``captioned`` concept, one a picture.
+    """
 
     concept: list[Path]
+    prompts: list[str]
     regularization: list[Path]
     captions: list[str]
 
@@ -35,10 +40,14 @@ class Pictures:
 
     @classmethod
     def _of(cls, subject: ConceptConfig, config: TrainConfig) -> Pictures:
-        concept = data.picture_paths(subject.images)
+        if subject.captioned:
+            concept, captions = data.read_captioned(subject.images)
+            prompts = [prompt_of(caption, subject) for caption in captions]
+        else:
+            concept, prompts = data.picture_paths(subject.images), list(subject.prompts)
         if subject.regularization in (None, GENERATED):
-            return cls(concept, [], [])
-        return cls(concept, *regularization(subject.regularization, subject, config))
+            return cls(concept, prompts, [], [])
+        return cls(concept, prompts, *regularization(subject.regularization, subject, config))
 
 
 def regularization(folder: str, subject: ConceptConfig, config: TrainConfig) -> tuple[list[Path], list[str]]:
@@ -54,17 +63,36 @@ def regularization(folder: str, subject: ConceptConfig, config: TrainConfig) -> 
     return paths, captions
 
 
+def prompt_of(caption: str, subject: ConceptConfig) -> str:
+    """`caption` with the subject's modifier token, before its category where it was not there.
+
+    Raises ValueError for a caption that has neither.
+    """
+    word = subject.modifier_token
+    if word is None or mentions(caption, [word]):
+        return caption
+    named = rf"(?<!\w){re.escape(subject.category)}(?!\w)" if subject.category else "(?!)"
+    prompt, found = re.subn(named, f"{word} {subject.category}", caption, count=1, flags=re.IGNORECASE)
+    if not found:
+        raise ValueError(
+            f"caption {caption!r} of {subject.images!r} has neither {word} nor the category "
+            f"{subject.category!r}; write the one or the other where the subject is named"
+        )
+    return prompt
+
+
 class Views:
     """Latents of all concepts' pictures, whole and resized, each many times.
 
     latents: of every view. masks (n,1,h,w): 1 where it is picture; None where all is. words: its size words.
-    whole, resized: the views of each concept.
+    whole, resized: the views of each concept. picture: the number of each view's picture in its concept.
     """
 
     def __init__(self, config: TrainConfig, pixels: Sequence[Tensor], vae: Any, generator: torch.Generator):
         made: list[data.Latents] = []
         masks: list[Tensor] = []
         self.words: list[str] = []
+        self.picture: list[int] = []
         self.whole: list[range] = []
         self.resized: list[range] = []
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -79,8 +107,9 @@ class Views:
         for subject, pictures in zip(config.subjects, pixels, strict=True):
             for kind, make in kinds:
                 first = len(self.words)
-                for some in pictures.split(CHUNK):
-                    views, mask, words = make(config, some, generator)
+                for some in torch.arange(len(pictures)).split(CHUNK):
+                    views, mask, words = make(config, pictures[some], generator)
+                    self.picture += some.repeat(len(views) // len(some)).tolist()
                     if config.flip:
                         views, mask = augment.flipped(views, mask, generator)
                     self.words += [""] * len(words) if subject.style else words
