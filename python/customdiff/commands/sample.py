@@ -79,8 +79,9 @@ def run(options: argparse.Namespace) -> None:
         )
     if figure:
         maps = recorder.maps(latent_size(pipeline, None)).cpu()[:: options.count]
-        firsts = zip(wanted, pictures[:: options.count], maps, strict=True)
-        draw_maps(figure, [(e.prompt, p, subject_maps(e, m, pipeline.tokenizer)) for e, p, m in firsts])
+        by_subject = [subject_maps(e, m, pipeline.tokenizer) for e, m in zip(wanted, maps, strict=True)]
+        firsts = enumerate(zip(pictures[:: options.count], by_subject, strict=True))
+        draw_maps(figure, [(f"prompt {i}", *shown) for i, shown in firsts])
     if options.draw_layout:
         pictures = [drawn(p, row.layout) if row.layout else p for p, row in zip(pictures, rows, strict=True)]
     by_prompt = [
