@@ -189,6 +189,91 @@ def test_sample_draws_a_sheet_with_one_concept_for_all(root, run, tmp_path):
         assert image.height > 2 * 128
 
 
+def test_sample_with_residuals_and_layouts(root, run, tmp_path, monkeypatch):
+    from customdiff import sampler
+    from customdiff.residual import Residual
+
+    calls, sample = [], sampler.sample
+    monkeypatch.setattr(sampler, "sample", lambda *a, **k: calls.append((a, k)) or sample(*a, **k))
+    Residual("dog", torch.ones(32)).save(tmp_path / "dog.safetensors")
+    torch.save(torch.zeros(32), tmp_path / "lr=1.pt")
+    options = (
+        "--steps 2 --count 1 --quiet --layout-weight 0.2 --layout-steps 1 --draw-layout --save-attention"
+    )
+    status, out, err = run(
+        f"sample --base {{root}}/base {options} --output {tmp_path}/new/sheet.png --layout-negative=-1e6 "
+        f"--residual {tmp_path}/dog.safetensors --box cat=0.5,0,1,1 "
+        f"--prompt",
+        "a dog and a cat",
+        *f"--box dog=0,0,0.5,1 --residual cat={tmp_path}/lr=1.pt --prompt <new1>".split(),
+        *f"--concept {root}/a.safetensors --prompt".split(),
+        "a dog and a dog",
+        *f"--box dog#2=0,0,0.5,1 --residual dog#2={tmp_path}/dog.safetensors".split(),
+    )
+    assert status == 0, err
+    assert out.split() == [f"{tmp_path}/new/sheet.png", f"{tmp_path}/new/sheet.attention.png"]
+    with Image.open(tmp_path / "new" / "sheet.attention.png") as image:
+        assert image.height > image.width / 4
+    (_, _, concepts), options = calls[0]
+    assert [concept is None for concept in concepts] == [True, False, True]
+    assert [sorted(row) for row in options["residuals"]] == [["cat", "dog"], [], ["dog", "dog#2"]]
+    regions = [layout and dict(layout.regions) for layout in options["layouts"]]
+    assert regions == [{"dog": (0, 0, 0.5, 1), "cat": (0.5, 0, 1, 1)}, None, {"dog#2": (0, 0, 0.5, 1)}]
+    guidance = options["layout_guidance"]
+    assert (guidance.weight, guidance.steps, guidance.negative, guidance.positive) == (0.2, 1, -1e6, 2.5)
+
+
+def test_sample_draws_the_scenes_of_a_layout_file(root, run, tmp_path, monkeypatch):
+    from customdiff import sampler
+    from customdiff.residual import Residual
+
+    calls, sample = [], sampler.sample
+    monkeypatch.setattr(sampler, "sample", lambda *a, **k: calls.append((a, k)) or sample(*a, **k))
+    Residual("dog", torch.ones(32)).save(tmp_path / "dog.safetensors")
+    scene = {
+        "prompt": "a dog and a cat",
+        "subjects": {"dog": {"box": [0, 0, 0.5, 1], "residual": "dog.safetensors", "strength": 3}},
+        "guidance": {"weight": 0.3},
+    }
+    both = [scene, {"prompt": "a cat", "subjects": {"cat": {"box": [0, 0, 1, 0.5]}}}]
+    (tmp_path / "both.json").write_text(json.dumps(both))
+    (tmp_path / "one.json").write_text(json.dumps(scene))
+    line = f"sample --base {{root}}/base --steps 1 --count 1 --quiet --output {tmp_path}/out"
+    status, _, err = run(f"{line} --layout {tmp_path}/both.json --save-attention")
+    assert status == 0, err
+    assert (tmp_path / "out" / "attention.png").exists()
+    (_, prompts, _), options = calls.pop()
+    assert prompts == ["a dog and a cat", "a cat"] and options["layout_guidance"].weight == 0.3
+    assert options["layouts"][0].strengths == {"dog": 3} and list(options["residuals"][0]) == ["dog"]
+    status, _, err = run(f"{line} --layout {tmp_path}/one.json --layout-weight 0.4 --prompt", "cat, dog")
+    assert status == 0, err
+    (_, prompts, _), options = calls.pop()
+    assert prompts == ["cat, dog"] and options["layout_guidance"].weight == 0.4
+    assert list(options["layouts"][0].regions) == ["dog"]
+
+    both[1]["guidance"] = {"weight": 0.1}
+    (tmp_path / "differ.json").write_text(json.dumps(both))
+    for more, message in [
+        (f"--layout {tmp_path}/differ.json", "the layouts set guidance weight to 0.3 and to others"),
+        (f"--layout {tmp_path}/both.json --prompt dog", "has 2 scenes, and a --prompt takes one"),
+        (f"--layout {tmp_path}/one.json --prompt dog --box dog=0,0,1,1", "subject 'dog' has a place twice"),
+        (f"--layout {tmp_path}/one.json --prompt cat", "subject 'dog' is not in the prompt 'cat'"),
+        ("--box bird=0,0,1,1 --prompt dog", "subject 'bird' is in no prompt"),
+        ("--prompt dog --box bird=0,0,1,1", "subject 'bird' is not in the prompt 'dog'"),
+        ("--prompt dog --box dog=0,0,1,2", "subject 'dog': box"),
+        ("--prompt dog --box dog", "must be subject=left,top,right,bottom"),
+        ("--prompt dog --box dog=0,0,1,1 --box dog=0,0,1,1", "subject 'dog' has two boxes"),
+        (f"--prompt dog --residual {tmp_path}/no.safetensors", "there is no residual file at"),
+        (f"--prompt dog --residual dog={tmp_path}/both.json", "it is no residual"),
+        (f"--prompt cat --residual {tmp_path}/dog.safetensors", "subject 'dog' is not in the prompt 'cat'"),
+        ("--prompt dog --box dog=0,0,1,1 --layout-weight -1", "weight must be at least 0"),
+        ("--prompt dog --save-attention", "--save-attention needs a subject"),
+        ("", "--prompt is missing"),
+    ]:
+        status, _, err = run(f"{line} {more}")
+        assert status == 2 and message in err and err.count("\n") == 1, (more, err)
+
+
 def test_merge_renames_a_shared_token_and_keeps_each_concepts_values(root, run, tmp_path):
     status, out, err = run(
         f"merge {{root}}/a.safetensors {{root}}/b.safetensors --base {{root}}/base "

@@ -212,6 +212,16 @@ def test_subjects_are_attended_to_in_their_regions_alone(pipe):
         assert maps[position][inside[position]].min() > 0 and maps[position][~inside[position]].max() < 1e-6
 
 
+def test_sdxl_is_guided_too(tmp_path):
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny_pipeline.build_xl(tmp_path / "xl"))
+    recorder = Recorder(1)
+    with steered(pipe.unet, recorder):
+        sample(pipe, "a dog", layouts=Layout({"dog": LEFT}), layout_guidance=STRONG, **FAST)
+    (pixels,) = recorder.sums
+    maps = recorder.maps((16, 16), pixels=pixels)[0, 2]
+    assert maps[6:, :6].min() > 0 and maps[:, 9:].max() < 1e-6
+
+
 def test_residuals_and_a_concept_meet_in_one_prompt(pipe):
     prompt = "a <new1> dog and a cat"
     concept = tiny_pipeline.concept(pipe, 0)

@@ -152,14 +152,12 @@ def overlaps(found: WordMaps) -> list[dict[str, Any]]:
 
 def plot(figure: Any, versions: dict[str, WordMaps]) -> None:
     """Draws a row for each version: its first picture, and that picture's map of every word."""
-    columns = 1 + max(len(found.words) for found in versions.values())
-    figure.set_size_inches(1.5 * columns, 1.8 * len(versions))
-    for axes in figure.subplots(len(versions), columns, squeeze=False).flat:
-        axes.set_axis_off()
-    for row, (name, found) in enumerate(versions.items()):
-        panels = figure.axes[row * columns :]
-        panels[0].imshow(found.pictures[0])
-        panels[0].set_title(name)
-        for axes, word, shown in zip(panels[1:], found.words, found.maps[0], strict=False):
-            axes.imshow(shown, vmin=0)
-            axes.set_title(word)
+    from ..plotting import draw_maps
+
+    draw_maps(
+        figure,
+        [
+            (name, found.pictures[0], list(zip(found.words, found.maps[0], strict=True)))
+            for name, found in versions.items()
+        ],
+    )

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from .common import add_base, check_pictures, existing, guidance_scale, match_files, positive, save_pictures
+from .common import add_base, check_pictures, guidance_scale, positive, save_pictures
+from .scenes import add_scenes, layout_guidance, read_scenes, share, subject_maps
 
-SUMMARY = "Draw pictures, with concepts or without."
-EXAMPLES = """A --concept serves the --prompt before it; one that stands before all prompts serves each
-that names its modifier token or, if it has none, each that no other concept serves. One that serves no prompt
-is an error. All pictures are sampled in one batch.
+SUMMARY = "Draw pictures, with concepts, residuals and layouts, or without."
+EXAMPLES = """--concept, --residual, --box and --layout serve the --prompt before them. A --concept that
+stands before all prompts serves each that names its modifier token or, if it has none, each that no other
+concept serves; a --residual or --box there serves each that names its subject, a --layout all. What serves no
+prompt is an error. All pictures are sampled in one batch.
 
 examples:
   customdiff sample --concept dog.safetensors --prompt "photo of a <new1> dog" --prompt "a cat"
   customdiff sample --prompt "a <new1> dog" --concept dog.safetensors --prompt "a cup" --count 2
   customdiff sample --concept dog.safetensors --prompt "a <new1> dog in the snow" --output snow/
+  customdiff sample --prompt "a dog and a mug" --residual dog.safetensors --residual mug=mug.pt \\
+      --box dog=0.05,0.4,0.45,0.95 --box mug=0.55,0.5,0.85,0.9 --draw-layout --save-attention
+  customdiff sample --layout guidance_config_example.json
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompt", action=_Pair, required=True, metavar="TEXT", help="may be given several times"
-    )
-    parser.add_argument("--concept", action=_Pair, metavar="FILE", help="concept file of a prompt, or of all")
+    add_scenes(parser)
     parser.add_argument(
         "--output", default="sample.png", help="a .png for one sheet of all pictures, else a folder"
     )
@@ -43,56 +44,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..attention import Recorder, steered
     from ..base import load_base
-    from ..sampler import sample
+    from ..layout_pictures import drawn
+    from ..plotting import draw_maps, new_figure, save_figure
+    from ..sampler import latent_size, sample
 
     output = Path(options.output)
     check_pictures(output)
-    shared, pairs = options.pairs
-    prompts = [prompt for prompt, _ in pairs]
-    concepts = _concepts(shared, pairs)
+    wanted, shared = read_scenes(options)
+    guidance = layout_guidance(options, wanted)
+    maps_file = output.with_suffix(".attention.png") if output.suffix else output / "attention.png"
+    figure = new_figure(maps_file) if options.save_attention else None
     pipeline = load_base(options.base, options.device)
-    pictures = sample(
-        pipeline,
-        [prompt for prompt in prompts for _ in range(options.count)],
-        [concept for concept in concepts for _ in range(options.count)],
-        negative_prompt=options.negative_prompt,
-        steps=options.steps,
-        guidance_scale=guidance_scale(options),
-        eta=options.eta,
-        seeds=[options.seed + k for _ in prompts for k in range(options.count)],
-        progress=not options.quiet,
-    )
-    rows = [(prompt, pictures[i * options.count :][: options.count]) for i, prompt in enumerate(prompts)]
-    save_pictures(output, rows, [f"prompt{i}" for i in range(len(rows))], options.seed)
-
-
-class _Pair(argparse.Action):
-    """Collects --prompt and --concept into ``pairs``: (files before any prompt, [(prompt, file or None)])."""
-
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, value: Any, flag: str | None = None
-    ) -> None:
-        shared, pairs = getattr(namespace, "pairs", None) or ([], [])
-        if flag == "--prompt":
-            pairs.append((value, None))
-        elif not pairs:
-            shared.append(value)
-        elif pairs[-1][1] is not None:
-            parser.error(f"--concept {value}: the prompt {pairs[-1][0]!r} has one already; merge them first")
-        else:
-            pairs[-1] = (pairs[-1][0], value)
-        namespace.pairs = (shared, pairs)
-        setattr(namespace, self.dest, value)
-
-
-def _concepts(shared: list[str], pairs: list[tuple[str, str | None]]) -> list[Any]:
-    """The concept of each (prompt, its own file); without a file the one of the shared files that fits."""
-    from ..concept import Concept
-
-    own = [file for _, file in pairs if file]
-    files = {name: Concept.load(existing(name)) for name in dict.fromkeys([*shared, *own])}
-    common = {name: files[name] for name in shared}
-    matched = match_files([prompt for prompt, file in pairs if not file], common, "--prompt")
-    rest = iter(matched)
-    return [files[file] if file else next(rest) for _, file in pairs]
+    share(wanted, shared, pipeline.tokenizer)
+    if figure and not any(entry.subjects for entry in wanted):
+        raise ValueError("--save-attention needs a subject; give --box, --layout or --residual")
+    rows = [entry for entry in wanted for _ in range(options.count)]
+    recorder = Recorder(len(rows))
+    with steered(pipeline.unet, *([recorder] if figure else [])):
+        pictures = sample(
+            pipeline,
+            [row.prompt for row in rows],
+            [row.concept for row in rows],
+            residuals=[row.residuals for row in rows],
+            layouts=[row.layout for row in rows],
+            layout_guidance=guidance,
+            negative_prompt=options.negative_prompt,
+            steps=options.steps,
+            guidance_scale=guidance_scale(options),
+            eta=options.eta,
+            seeds=[options.seed + k for _ in wanted for k in range(options.count)],
+            progress=not options.quiet,
+        )
+    if figure:
+        maps = recorder.maps(latent_size(pipeline, None)).cpu()[:: options.count]
+        by_subject = [subject_maps(e, m, pipeline.tokenizer) for e, m in zip(wanted, maps, strict=True)]
+        firsts = enumerate(zip(pictures[:: options.count], by_subject, strict=True))
+        draw_maps(figure, [(f"prompt {i}", *shown) for i, shown in firsts])
+    if options.draw_layout:
+        pictures = [drawn(p, row.layout) if row.layout else p for p, row in zip(pictures, rows, strict=True)]
+    by_prompt = [
+        (entry.prompt, pictures[i * options.count :][: options.count]) for i, entry in enumerate(wanted)
+    ]
+    save_pictures(output, by_prompt, [f"prompt{i}" for i in range(len(wanted))], options.seed)
+    if figure:
+        save_figure(figure, maps_file)
+        print(maps_file)
