@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import add_base, check_pictures, existing, guidance_scale, match_files, positive, save_pictures
+from .common import (
+    add_base,
+    add_drawing,
+    check_pictures,
+    existing,
+    guidance_scale,
+    match_files,
+    save_pictures,
+)
 
 SUMMARY = "Draw pictures, with concepts or without."
 EXAMPLES = """A --concept serves the --prompt before it; one that stands before all prompts serves each
@@ -28,17 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="sample.png", help="a .png for one sheet of all pictures, else a folder"
     )
-    parser.add_argument("--count", type=positive, default=4, help="pictures a prompt (default: 4)")
-    parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
-    parser.add_argument(
-        "--guidance", type=float, help="guidance scale (default: 3 for the embedded base, else 6)"
-    )
+    add_drawing(parser)
     parser.add_argument("--eta", type=float, default=0.0, help="0: DDIM; 1: the noise of DDPM (default: 0)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)"
-    )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to guide away from")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     add_base(parser)
 
 
