@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..commands.common import add_base, existing, guidance_scale, positive
+from ..commands.common import add_base, add_drawing, existing, guidance_scale
 from .report import add_report, begin, save, show, tabulated
 
 if TYPE_CHECKING:
@@ -39,14 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("concept", metavar="FILE", help="the concept file")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="with the modifier tokens")
     parser.add_argument("--words", nargs="+", default=(), metavar="WORD", help="of the prompt (default: all)")
-    parser.add_argument("--count", type=positive, default=4, help="pictures (default: 4)")
-    parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
-    parser.add_argument(
-        "--guidance", type=float, help="guidance scale (default: 3 for the embedded base, else 6)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    add_drawing(parser)
     add_report(parser)
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     add_base(parser)
 
 

@@ -121,6 +121,16 @@ def clip(options: argparse.Namespace, device: Any) -> Any:
     return Clip(options.clip or tinysd.clip_path(), device)
 
 
+def add_drawing(parser: argparse.ArgumentParser, guidance: str = "3 for the embedded base, else 6") -> None:
+    """What pictures of a prompt are drawn with; `guidance` says what its default is."""
+    add = parser.add_argument
+    add("--count", type=positive, default=4, help="pictures a prompt (default: 4)")
+    add("--steps", type=positive, default=50, help="denoising steps (default: 50)")
+    add("--guidance", type=float, help=f"guidance scale (default: {guidance})")
+    add("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
+    add("--quiet", action="store_true", help="show no progress bar")
+
+
 def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="folder of a Stable Diffusion pipeline (default: the embedded one)")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")

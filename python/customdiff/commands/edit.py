@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_base, check_pictures, existing, guidance_scale, match_files, positive, save_pictures
+from .common import (
+    add_base,
+    add_drawing,
+    check_pictures,
+    existing,
+    guidance_scale,
+    match_files,
+    positive,
+    save_pictures,
+)
 
 SUMMARY = "Change a picture by its prompt, and keep what the prompt keeps (prompt-to-prompt)."
 EXAMPLES = """Words that both prompts have stay where the source has them; a word in the place of another
@@ -85,16 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WORD",
         help="keep the source's picture outside of where these words are",
     )
-    parser.add_argument("--count", type=positive, default=4, help="pictures a prompt (default: 4)")
-    parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        help="guidance scale (default: 1 with --picture, else 3 for the embedded base, else 6)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    add_drawing(parser, guidance="1 with --picture, else 3 for the embedded base, else 6")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to guide away from")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     add_base(parser)
 
 

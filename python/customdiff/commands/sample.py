@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_base, check_pictures, guidance_scale, positive, save_pictures
+from .common import add_base, add_drawing, check_pictures, guidance_scale, save_pictures
 from .scenes import add_scenes, layout_guidance, read_scenes, share, subject_maps
 
 SUMMARY = "Draw pictures, with concepts, residuals and layouts, or without."
@@ -29,17 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="sample.png", help="a .png for one sheet of all pictures, else a folder"
     )
-    parser.add_argument("--count", type=positive, default=4, help="pictures a prompt (default: 4)")
-    parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
-    parser.add_argument(
-        "--guidance", type=float, help="guidance scale (default: 3 for the embedded base, else 6)"
-    )
+    add_drawing(parser)
     parser.add_argument("--eta", type=float, default=0.0, help="0: DDIM; 1: the noise of DDPM (default: 0)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)"
-    )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to guide away from")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     add_base(parser)
 
 
