@@ -64,9 +64,8 @@ def both(run, base):
     return copy.deepcopy(run.learned.encoder).double(), load(base).text_encoder.double()
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_equations_3_to_5_in_float64(config, scale):
-    with training_of(dataclasses.replace(config, residual_scale=scale)) as run:
+def test_equations_3_to_5_in_float64(config):
+    with training_of(config) as run:
         assert run.concept().shift.abs().max() == 0
         for _ in range(3):
             run.step()
@@ -79,23 +78,28 @@ def test_equations_3_to_5_in_float64(config, scale):
     terms = []
     for caption in (run.texts.captions[i] for i in batch.captions):
         (s,) = find_subject(words, caption, "dog")
-        moved = scale * (features(learned, words, caption) - features(base, words, caption))
+        moved = features(learned, words, caption) - features(base, words, caption)
         assert moved.shape == (16, 32), "padding counts"
         terms.append(sum(moved[p].square().sum() for p in range(16) if p != s))
     torch.testing.assert_close((loss - plain).double(), 0.5 * sum(terms) / 3, rtol=1e-4, atol=1e-6)
     mean = torch.zeros(1, 32, dtype=torch.float64)
     for caption in run.texts.captions:
         at = list(find_subject(words, caption, "dog"))
-        mean += scale * (features(learned, words, caption) - features(base, words, caption))[at] / 40
+        mean += (features(learned, words, caption) - features(base, words, caption))[at] / 40
     assert mean.abs().max() > 1e-3
     torch.testing.assert_close(found.shift.double(), mean, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale, alone", [(1.0, False), (2.5, False), (2.5, True)])
-def test_equation_2_is_of_the_trained_encoder(config, scale, alone):
+@pytest.mark.parametrize("refined", [False, True])
+def test_equation_2_is_of_the_trained_encoder_and_then_of_the_residual(config, refined):
     """The loss of the pictures, by diffusers' own modules in float64."""
-    with training_of(dataclasses.replace(config, residual_scale=scale, subject_alone=alone)) as run:
+    with training_of(dataclasses.replace(config, refine_steps=3 * refined)) as run:
         run.step()
+        mean = run.concept().shift
+        if refined:
+            run.step()
+            shift = run.concept().shift
+            assert shift.shape == (1, 32) and (shift - mean).abs().min() > 0.01
         batch = run.draw()
         found = training.Training.loss(run, batch, 2, 0)
         learned, base = both(run, config.base)
@@ -105,10 +109,10 @@ def test_equation_2_is_of_the_trained_encoder(config, scale, alone):
     latents = latents * reference.vae.config.scaling_factor
     noise = batch.noise.double()
     noisy = run.scheduler.add_noise(latents, noise, batch.timesteps)
-    moved = scale * (c - e)
-    if alone:  # "a photo of a dog" after the start token
-        moved[:5] = moved[6:] = 0
-    context = (e + moved).expand(2, -1, -1)
+    if refined:  # "a photo of a dog" after the start token
+        c = e.clone()
+        c[5] += shift[0]
+    context = c.expand(2, -1, -1)
     output = reference.unet.double()(noisy, batch.timesteps, context).sample
     torch.testing.assert_close(found.double(), (output - noise).square().mean(), rtol=1e-5, atol=0)
 
@@ -155,7 +159,12 @@ def test_only_a_copy_of_the_text_encoder_moves(config, monkeypatch):
         initial = run.learned.state()
         initial = {name: tensor.clone() for name, tensor in initial.items()}
         run.step()
-        assert all((new - initial[name]).abs().max() > 0 for name, new in run.learned.state().items())
+        moved = {name for name, new in run.learned.state().items() if (new - initial[name]).abs().max() > 0}
+        assert moved == initial.keys() - {"shift"}
+    with training_of(dataclasses.replace(config, refine_steps=4), pipeline) as run:
+        run.step()
+        moved = {name for name, new in run.learned.state().items() if not torch.equal(new, initial[name])}
+        assert moved == {"shift"}
     trainer.train(config, pipeline, progress=False)
 
     def fail(self):
@@ -186,7 +195,9 @@ def test_writes_a_residual(config):
     assert result.output.stat().st_size + 4 * (1024 - 32) <= 8 << 10, "8 KB at E = 1024"
 
 
-def test_resumes_with_the_same_bits(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("refine_steps", [0, 1, 3])  # of four, broken after three
+def test_resumes_with_the_same_bits(config, tmp_path, monkeypatch, refine_steps):
+    config = dataclasses.replace(config, refine_steps=refine_steps)
     whole = trainer.train(config, progress=False)
     broken = dataclasses.replace(config, output=str(tmp_path / "broken.safetensors"), checkpoint_every=3)
     step, taken = ResidualTraining.step, []
@@ -221,7 +232,7 @@ def test_resume_knows_the_content_of_the_captions(config, tmp_path):
 
 @pytest.mark.parametrize("word, tokens", [("cup", 1), ("big cup", 4), ("Red Dog", 2)])
 def test_a_residual_has_a_row_for_each_token_of_its_word(config, word, tokens):
-    chosen = dataclasses.replace(config, category=word, prompts=())
+    chosen = dataclasses.replace(config, category=word, prompts=(), refine_steps=1)
     pipeline = load(config.base)
     found = trainer.train(chosen, pipeline, progress=False).concept
     assert found.shift.shape == (tokens, 32) and (found.shift.abs().amax(1) > 1e-4).all()
@@ -328,6 +339,8 @@ def test_captions_of_a_file(config, tmp_path):
         ({"preservation_weight": -1.0}, "preservation_weight must be at least 0, got -1"),
         ({"preservation": "all"}, "preservation must be one of captions, prompt"),
         ({"caption_count": 0}, "caption_count must be at least 1"),
+        ({"refine_steps": 5}, "refine_steps must be at most steps=4, got 5"),
+        ({"embedding_learning_rate": 0.0}, "embedding_learning_rate must be positive"),
     ],
 )
 def test_bad_configurations(config, changes, message):
@@ -372,4 +385,4 @@ def test_a_text_encoder_in_half_precision_and_two_of_them(config):
 def test_the_embedded_base_has_a_rate_of_its_own():
     config = TrainConfig(method="cones2", images="x", category="dog")
     assert config.rates(0, embedded=False)[0] == 1e-6 and config.steps == 3000
-    assert config.rates(0, embedded=True)[0] > 1e-6
+    assert config.rates(0, embedded=True)[0] > 1e-6 and config.rates(0, embedded=True)[1] == 5e-2

@@ -14,7 +14,7 @@ EMBEDDED_LEARNING_RATE, EMBEDDED_EMBEDDING_RATE = 1e-3, 1.5e-2
 WHOLE_UNET = 0.1  # appendix D: all of the UNet learns at a tenth of the rate of keys and values
 # Cones 2, appendix A; the text encoder of the embedded base has to move further
 RESIDUAL_LEARNING_RATE, EMBEDDED_RESIDUAL_RATE, RESIDUAL_STEPS = 1e-6, 1e-3, 3000
-EMBEDDED_RESIDUAL_SCALE = 3.0  # and further than its last layer norm lets it
+REFINING_RATE = 5e-2  # of a residual itself, whose numbers are about 1
 PRESERVATION_WEIGHT = 1e-3  # the paper names none
 
 RARE, NORMAL, CATEGORY = "<rare>", "<normal>", "<category>"  # of initializer_token; no words of a vocabulary
@@ -23,12 +23,9 @@ TEMPLATES = "templates"  # of captions
 # fields that mean nothing to the other method, and are refused there
 OF_CUSTOM_DIFFUSION = (
     "concepts style initializer_token regularization regularization_prompt start_from weights "
-    "train_modifier_token prior_weight caption_dropout generated_count generated_steps "
-    "embedding_learning_rate rare_captions"
+    "train_modifier_token prior_weight caption_dropout generated_count generated_steps rare_captions"
 ).split()
-OF_CONES2 = (
-    "captions caption_count caption_batch preservation preservation_weight residual_scale subject_alone"
-).split()
+OF_CONES2 = "captions caption_count caption_batch preservation preservation_weight refine_steps".split()
 
 
 class Stopped(RuntimeError):
@@ -176,15 +173,10 @@ class TrainConfig(ConceptConfig):
         None,
         help=f"cones2: λ, of the loss that keeps the other tokens (default: {PRESERVATION_WEIGHT:g})",
     )
-    residual_scale: float | None = option(
-        None,
-        help="cones2: what the text encoder's output moved by counts so many times, in training and in the "
-        f"residual (default: the paper's 1, for the embedded base {EMBEDDED_RESIDUAL_SCALE:g})",
-    )
-    subject_alone: bool = option(
-        False,
-        help="cones2: learn the pictures under the base's text features with the category's word alone "
-        "moved, as in sampling; the paper has there all that the encoder moved, of which sampling lacks some",
+    refine_steps: int = option(
+        0,
+        help="cones2: of the steps, the last ones, in which the residual itself is learned, from the mean "
+        "that the text encoder's steps gave; the paper has none",
     )
     steps: int | None = option(
         None,
@@ -206,7 +198,8 @@ class TrainConfig(ConceptConfig):
     )
     embedding_learning_rate: float | None = option(
         None,
-        help=f"of AdamW on V* (default: as for K/V, which is the paper's way; for the embedded base "
+        help=f"of AdamW on V* or, for cones2, the residual while it is refined (default there "
+        f"{REFINING_RATE:g}; else: as for K/V, which is the paper's way; for the embedded base "
         f"{EMBEDDED_EMBEDDING_RATE:g})",
     )
     cooldown: float = option(0.0, help="share of the steps, the last ones, in which the rate falls to zero")
@@ -302,7 +295,7 @@ class TrainConfig(ConceptConfig):
         at_least = {
             1: "steps batch_size accumulation copies generated_count generated_steps validation_every "
             "caption_count caption_batch",
-            0: "checkpoint_every keep_every seed prior_weight weight_decay shift",
+            0: "checkpoint_every keep_every seed prior_weight weight_decay shift refine_steps",
         }
         for low, names in at_least.items():
             for name in names.split():
@@ -313,7 +306,6 @@ class TrainConfig(ConceptConfig):
         for name in (
             "learning_rate",
             "embedding_learning_rate",
-            "residual_scale",
             "min_snr_gamma",
             "resolution",
         ):
@@ -327,6 +319,8 @@ class TrainConfig(ConceptConfig):
             raise ValueError(f"shift must be at most 0.5 of the picture's side, got {self.shift}")
         if not 0 < self.resize_from <= 1:
             raise ValueError(f"resize_from must be above 0 and at most 1, got {self.resize_from}")
+        if self.refine_steps > self.steps:
+            raise ValueError(f"refine_steps must be at most steps={self.steps}, got {self.refine_steps}")
         if self.accumulation > self.batch_size:
             raise ValueError(
                 f"accumulation must be at most batch_size, got {self.accumulation} for {self.batch_size}"
@@ -343,14 +337,16 @@ class TrainConfig(ConceptConfig):
         return self.concepts or (self,)
 
     def rates(self, step: int, embedded: bool) -> tuple[float, float]:
-        """The learning rates of the weights and of V* at a step, counted from 0: constant, then linear to
-        zero.
+        """The learning rates of the weights and of V*, or the residual, at a step, counted from 0: constant,
+        then linear to zero.
 
         `embedded`: whether the base is the embedded one, for the defaults.
         """
         weight, row = self.learning_rate, self.embedding_learning_rate
         if weight is None and self.residual:
             weight = EMBEDDED_RESIDUAL_RATE if embedded else RESIDUAL_LEARNING_RATE
+        if row is None and self.residual:
+            row = REFINING_RATE
         if row is None:
             row = EMBEDDED_EMBEDDING_RATE if embedded else weight or PAPER_LEARNING_RATE
         if weight is None:

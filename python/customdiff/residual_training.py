@@ -7,10 +7,9 @@ The loss is that of the denoised pictures plus λ times what E' moved at all tok
 UNet reads every one of them, and in sampling they are those of the base's encoder E: what E' learned there
 would be missing from the picture.
 
-A layer norm ends E', so no token can leave a sphere. Where the subject lies outside, as with the small
-embedded base, ``residual_scale`` s lifts this: all of the above holds of E + s·(E' - E) in the place of E'.
-The paper's is s = 1. And with ``subject_alone`` the pictures are learned under the features of sampling
-itself, E moved at the subject's tokens alone (equation 6): nothing is learned where it would be missing.
+The paper ends there. With ``refine_steps`` the residual itself is learned further, from that mean, under the
+features of sampling: E moved at the subject's tokens alone (equation 6). The small embedded base needs it: a
+layer norm ends E', so its tokens cannot leave a sphere, and the subject's colours lie outside.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import customdiff_kernels as ck
 
 from .captions import captions_for
 from .concept import TextFeatures, base_metadata, text_encoders, tokenize
-from .config import EMBEDDED_RESIDUAL_SCALE, TrainConfig
+from .config import TrainConfig
 from .residual import Residual
 from .subjects import occurrences
 from .texts import BATCH, Texts
@@ -40,12 +39,12 @@ AFTER = 0.1  # of what comes after the subject, in the published code's preserva
 class LearnedEncoder:
     """The parameters of a run: a copy of the pipeline's text encoder, whose own stays as it is.
 
-    base, weight: the keys and values, which do not train.
+    base, weight: the keys and values, which do not train. shift: the residual (tokens,E), as it is refined.
 
     Raises ValueError for a text encoder in half precision, or two of them.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: Any, tokens: int):
         if len(text_encoders(pipeline)) > 1:
             raise ValueError("method 'cones2' is for one text encoder, and this base (SDXL) has two")
         if pipeline.text_encoder.dtype != torch.float32:
@@ -58,6 +57,8 @@ class LearnedEncoder:
         self.weight = self.base.weight
         self.others: dict[str, Tensor] = {}
         self.encoder: nn.Module = copy.deepcopy(pipeline.text_encoder).requires_grad_(True)
+        width = self.encoder.get_input_embeddings().weight.shape[1]
+        self.shift = torch.zeros(tokens, width, device=self.encoder.device, requires_grad=True)
 
     @cached_property
     def base_hash(self) -> str:
@@ -65,14 +66,18 @@ class LearnedEncoder:
         return self.base.hash()
 
     def groups(self) -> list[dict[str, Any]]:
-        return [{"params": self.parameters(), "of": "weights"}]
+        return [
+            {"params": list(self.encoder.parameters()), "of": "weights"},
+            {"params": [self.shift], "of": "rows", "weight_decay": 0.0},
+        ]
 
     def parameters(self) -> list[Tensor]:
-        return list(self.encoder.parameters())
+        return [*self.encoder.parameters(), self.shift]
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it."""
-        return {name: parameter.detach() for name, parameter in self.encoder.named_parameters()}
+        named = {name: parameter.detach() for name, parameter in self.encoder.named_parameters()}
+        return {**named, "shift": self.shift.detach()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.state().items():
@@ -108,6 +113,11 @@ class Marked(NamedTuple):
         mask[self.text[:, None], self.tokens] = True
         return mask
 
+    def shifted(self, features: Tensor, shift: Tensor) -> Tensor:
+        """features (n,S,E) with `shift` (tokens,E) added to the subject's tokens (equation 6)."""
+        moved = shift.to(features).expand(len(self.text), -1, -1)
+        return features.index_put((self.text[:, None], self.tokens), moved, accumulate=True)
+
 
 def preservation(moved: Tensor, subject: Tensor, form: str = "captions") -> Tensor:
     """(n,): what the features of each text moved by at all positions but the subject's.
@@ -130,7 +140,7 @@ def preservation(moved: Tensor, subject: Tensor, form: str = "captions") -> Tens
 class ResidualTexts(Texts):
     """The prompts of the pictures, by the encoder that trains, and the captions, by both.
 
-    scale: of what the trained encoder moved.
+    refined: the residual (tokens,E), while that is what trains.
 
     Raises ValueError for a prompt or a caption without the category's word, or too few captions.
     """
@@ -141,10 +151,9 @@ class ResidualTexts(Texts):
         pipeline: Any,
         prompts: Sequence[Sequence[str]],
         encoder: nn.Module,
-        scale: float,
     ):
         super().__init__(config, pipeline, {}, {}, (), prompts)
-        self.encoder, self.scale = encoder, scale
+        self.encoder, self.refined = encoder, None  # type: nn.Module, Tensor | None
         tokenizer, word, device = pipeline.tokenizer, config.category or "", encoder.device
         Marked.of(tokenizer, [*self._prompts, *config.validation_prompts], word)
         self.prompts = Marked.of(tokenizer, self._prompts, word, device)
@@ -154,21 +163,20 @@ class ResidualTexts(Texts):
     def of_prompts(self, prompts: Sequence[str]) -> TextFeatures:
         distinct = list(dict.fromkeys(prompts))
         numbers = self.numbers(distinct)
-        learned = self.encoder(self.prompts.ids[numbers]).last_hidden_state
-        base = self._fixed.context[numbers]
-        features = torch.lerp(base, learned, self.scale)
-        if self.config.subject_alone:
-            features = torch.where(self.prompts.subject()[numbers][..., None], features, base)
+        if self.refined is None:
+            features = self.encoder(self.prompts.ids[numbers]).last_hidden_state
+        else:
+            features = self.prompts.shifted(self._fixed.context, self.refined)[numbers]
         return TextFeatures(features[[distinct.index(prompt) for prompt in prompts]], None)
 
     def numbers(self, prompts: Sequence[str]) -> list[int]:
         return [self._prompts.index(prompt) for prompt in prompts]
 
     def moved(self, ids: Tensor) -> Tensor:
-        """s·(E'(c) - E(c)) (n,S,E) of token ids (n,S)."""
+        """E'(c) - E(c) (n,S,E) of token ids (n,S)."""
         with torch.no_grad():
             base = self.pipeline.text_encoder(ids).last_hidden_state
-        return self.scale * (self.encoder(ids).last_hidden_state - base)
+        return self.encoder(ids).last_hidden_state - base
 
     @torch.no_grad()
     def shift(self) -> Tensor:
@@ -186,16 +194,34 @@ class ResidualTraining(Training):
     frozen_tokens = 0
 
     def _new_learned(self, start: Any) -> LearnedEncoder:
-        return LearnedEncoder(self.pipeline)
+        words = self.pipeline.tokenizer(self.config.category, add_special_tokens=False).input_ids
+        return LearnedEncoder(self.pipeline, len(words))
 
     def _new_texts(self, pictures: Sequence[Pictures]) -> ResidualTexts:
-        scale = self.config.residual_scale or (EMBEDDED_RESIDUAL_SCALE if self.embedded else 1.0)
         prompts = [each.prompts for each in pictures]
-        return ResidualTexts(self.config, self.pipeline, prompts, self.learned.encoder, scale)
+        return ResidualTexts(self.config, self.pipeline, prompts, self.learned.encoder)
 
     def _read_pictures(self, pictures: Sequence[Pictures]) -> None:
         super()._read_pictures(pictures)
         self.pictures_hash += content_hash([], [self.texts.captions])
+
+    @property
+    def refining(self) -> bool:
+        """Whether this step is one of those in which the residual itself trains."""
+        return self.steps_done >= self.config.steps - self.config.refine_steps
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        encoder, shift = super().rates
+        return (0.0, shift) if self.refining else (encoder, 0.0)
+
+    def step(self) -> float:
+        if self.refining:
+            if self.steps_done == self.config.steps - self.config.refine_steps:
+                with torch.no_grad():
+                    self.learned.shift.copy_(self.texts.shift())
+            self.texts.refined = self.learned.shift
+        return super().step()
 
     def draw(self) -> Batch:
         batch, count = super().draw(), self.config.caption_batch
@@ -212,7 +238,7 @@ class ResidualTraining(Training):
         marked = texts.marked if over_captions else texts.prompts
         count = config.caption_batch if over_captions else concepts
         loss, rows = super().loss(batch, concepts, prior), batch.captions.to(marked.ids.device)
-        if len(rows):  # else fewer captions than processes
+        if len(rows) and not self.refining:  # else fewer captions than processes
             with self.accelerator.autocast():
                 moved = texts.moved(marked.ids[rows])
             kept = preservation(moved, marked.subject()[rows], config.preservation)
@@ -222,7 +248,9 @@ class ResidualTraining(Training):
     def concept(self) -> Residual:
         """What was learned so far."""
         metadata = {**self.learned.of_base, **self._metadata()}
-        return Residual(self.config.category, self.texts.shift(), metadata)
+        refined = self.steps_done > self.config.steps - self.config.refine_steps
+        shift = self.learned.shift.detach().cpu().clone() if refined else self.texts.shift()
+        return Residual(self.config.category, shift, metadata)
 
     def for_sampling(self) -> dict[str, Any]:
         return {"residuals": {self.config.category: self.concept()}}
