@@ -1,4 +1,4 @@
-# make demo · make reproduce · make test · make test-gpu · make bench · make lint: each sets up .venv first and needs nothing done by hand.
+# make demo · make reproduce · make cones2 · make test · make test-gpu · make bench · make lint: each sets up .venv first and needs nothing done by hand.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -9,7 +9,7 @@ RESULTS ?= out/benchmarks
 export CUSTOMDIFF_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 INSTALLED := $(VENV)/installed-cuda-$(CUSTOMDIFF_CUDA)
 
-.PHONY: demo reproduce test test-slow test-gpu bench lint format clean
+.PHONY: demo reproduce cones2 test test-slow test-gpu bench lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m customdiff.demo --out out/demo
@@ -17,6 +17,10 @@ demo: $(INSTALLED)
 # The paper's tables, about an hour and a half on two cores. It goes on where it stopped.
 reproduce: $(INSTALLED)
 	$(BIN)/python -m customdiff.reproduce --out out/reproduce --report docs/results
+
+# Cones 2 beside Custom Diffusion, one to six subjects: about forty minutes.
+cones2: $(INSTALLED)
+	$(BIN)/python -m customdiff.reproduce cones2 --out out/cones2 --report docs/results
 
 # One worker a core, one thread each: more would wait for one another.
 test: $(INSTALLED)

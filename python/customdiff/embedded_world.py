@@ -14,14 +14,15 @@ from tinysd import world
 GUIDANCE_SCALE = 4.0  # with which concepts of it are drawn
 
 
-def write_concept(folder: Path, name: str, count: int, seed: int) -> Path:
+def write_concept(
+    folder: Path, name: str, count: int, seed: int, scales: Sequence[str] = ("normal",)
+) -> Path:
     """`count` pictures of the concept `name`, one of ``world.concepts()``, in a folder of their own.
 
-    Their captions name category and place.
+    Their captions name category, place and, of the `scales` taken in turn, any but "normal".
     """
-    return _write(
-        folder, [(f"{i}", *made) for i, made in enumerate(world.concept_pictures(name, count, seed))]
-    )
+    made = world.concept_pictures(name, count, seed, scales)
+    return _write(folder, [(f"{i}", picture, caption) for i, (picture, caption) in enumerate(made)])
 
 
 def write_regularization(folder: Path, count: int, seed: int) -> Path:

@@ -33,7 +33,7 @@ class Presence:
         self, subject: world.Subject, true_pictures: Sequence[Image.Image], limit: float | None = None
     ):
         self.category = 1 + world.CATEGORIES.index(subject.category)
-        shown = [colours for colours in self._colours(true_pictures) if colours is not None]
+        shown = [colours for colours in self.colours(true_pictures) if colours is not None]
         if not shown:
             raise ValueError(f"true_pictures: the detector finds no {subject.category} in any of them")
         self.true = np.concatenate([colours[:: len(shown)] for colours in shown])
@@ -51,12 +51,16 @@ class Presence:
         return np.array(
             [
                 np.inf if c is None else self.spread + _kernel(c, c) - 2 * _kernel(c, self.true)
-                for c in self._colours(pictures)
+                for c in self.colours(pictures)
             ]
         )
 
-    def _colours(self, pictures: Sequence[Image.Image]) -> list[np.ndarray | None]:
-        """(PIXELS, 3) in L*a*b* of the category's pixels of each picture."""
+    def likeness(self, colours: np.ndarray) -> np.ndarray:
+        """(n,): how common each of ``colours`` (n, 3), in L*a*b*, is in the true pictures, 0 to 1."""
+        return _likeness(colours, self.true).mean(1)
+
+    def colours(self, pictures: Sequence[Image.Image]) -> list[np.ndarray | None]:
+        """(PIXELS, 3) in L*a*b* of the category's pixels of each picture; None where they are too few."""
         found: list[np.ndarray | None] = []
         for picture, categories in zip(pictures, detector.categories(pictures), strict=True):
             pixels = np.asarray(picture)[categories == self.category]
@@ -68,9 +72,14 @@ class Presence:
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> float:
-    """The mean of exp(-‖x - y‖² / 2σ²) over all pairs."""
+    """The mean over all pairs."""
+    return float(_likeness(a, b).mean())
+
+
+def _likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """exp(-‖x - y‖² / 2σ²) of each pair."""
     squares = ((a[:, None] - b[None]) ** 2).sum(-1)
-    return float(np.exp(squares / (-2 * BANDWIDTH**2)).mean())
+    return np.exp(squares / (-2 * BANDWIDTH**2))
 
 
 def _others(category: str) -> list[Image.Image]:

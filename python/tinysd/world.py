@@ -7,6 +7,7 @@ only a learned token can ask for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -290,28 +291,37 @@ def concepts(split: str | None = None) -> dict[str, Concept]:
     return {c.name: c for c in _CONCEPTS if split in (None, c.split)}
 
 
-def concept_pictures(name: str, n: int, seed: int = 0) -> list[tuple[Image.Image, str]]:
-    """``n`` pictures of one concept in varied places; their captions name only category and place."""
+def concept_pictures(
+    name: str, n: int, seed: int = 0, scales: Sequence[str] = ("normal",)
+) -> list[tuple[Image.Image, str]]:
+    """``n`` pictures of one concept in varied places; their captions name only category, place and size.
+
+    scales: sizes that the pictures take in turn: "normal", "small", "large".
+    """
     concept = concepts().get(name)
     if concept is None:
         raise ValueError(f"name must be one of {', '.join(concepts())}; got {name!r}")
     rng = np.random.default_rng((seed, *name.encode()))
     category = concept.subject.category
+    made = pictures((concept.subject,), n, rng, scales)
     return [
-        (picture, f"photo of a {category} {PLACES[background]}")
-        for picture, background in pictures((concept.subject,), n, rng)
+        (picture, f"{PREFIXES[scales[k % len(scales)]][0]}a {category} {PLACES[background]}")
+        for k, (picture, background) in enumerate(made)
     ]
 
 
 def pictures(
-    subjects: tuple[Subject, ...], n: int, rng: np.random.Generator
+    subjects: tuple[Subject, ...], n: int, rng: np.random.Generator, scales: Sequence[str] = ("normal",)
 ) -> list[tuple[Image.Image, str]]:
-    """``n`` pictures of the subjects from left to right, and their backgrounds, all of them in turn."""
+    """``n`` pictures of the subjects from left to right, and their backgrounds, all of them in turn; so are
+    the ``scales`` of one subject.
+    """
     order = rng.permutation(len(BACKGROUNDS))
     made = []
     for k in range(n):
         background = BACKGROUNDS[order[k % len(BACKGROUNDS)]]
-        scene = Scene(background, place(rng, subjects), float(rng.uniform(-1, 1)))
+        placed = place(rng, subjects, scales[k % len(scales)])
+        scene = Scene(background, placed, float(rng.uniform(-1, 1)))
         made.append((Image.fromarray(render(scene)[0]), background))
     return made
 

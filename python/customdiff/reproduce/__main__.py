@@ -1,4 +1,6 @@
-"""``make reproduce``: Custom Diffusion's tables on the embedded base; what an earlier run did stands."""
+"""``make reproduce`` and ``make cones2``: the papers' tables on the embedded base; what an earlier run did
+stands.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,25 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..base import silence
 from . import plan
+from .cones2 import plan as cones2_plan
+
+PAPERS: dict[str, tuple[Any, str]] = {  # its plan, and what make calls it
+    "custom-diffusion": (plan, "reproduce"),
+    "cones2": (cones2_plan, "cones2"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the jobs and writes the report; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m customdiff.reproduce", description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder of results (default: out/reproduce)")
+    parser.add_argument(
+        "paper", nargs="?", choices=PAPERS, default="custom-diffusion", help="(default: custom-diffusion)"
+    )
+    parser.add_argument("--out", type=Path, help="folder of results (default: out/reproduce, out/cones2)")
     parser.add_argument("--report", type=Path, help="folder of the report (default: report/ in that folder)")
     parser.add_argument("--workers", type=int, help="jobs at a time (default: the cores; 1 with a GPU)")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, for tests")
@@ -24,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--list", action="store_true", help="print the jobs and what they may take, and end")
     options = parser.parse_args(arguments)
-    effort = plan.QUICK if options.quick else plan.Effort()
-    out = options.out or Path("out/reproduce-quick" if options.quick else "out/reproduce")
-    jobs = plan.jobs(effort)
+    planned, name = PAPERS[options.paper]
+    effort = planned.QUICK if options.quick else planned.Effort()
+    out = options.out or Path(f"out/{name}{'-quick' * options.quick}")
+    jobs = planned.jobs(effort)
     try:
         chosen = plan.selected(jobs, options.only) if options.only else jobs
     except ValueError as error:
@@ -41,14 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from . import pool, report
+    from .cones2 import report as cones2_report
 
     failures = pool.run_all(chosen, out, options.workers or _workers())
     if options.only:
         print("no report: --only ran a part")
     else:
         folder = options.report or out / "report"
-        report.write(jobs, out, folder, effort, "make reproduce" if not options.quick else "--quick")
-        print(f"{folder / report.NAME}.md")
+        written = cones2_report if options.paper == "cones2" else report
+        written.write(jobs, out, folder, effort, f"make {name}" if not options.quick else "--quick")
+        print(f"{folder / written.NAME}.md")
     for name, why in failures.items():
         print(f"FAILED {name}: {why}", file=sys.stderr)
     return 1 if failures else 0

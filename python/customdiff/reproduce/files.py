@@ -21,6 +21,9 @@ FOLDERS = {
     "score": "samples/{}.png",
     "true": "samples/{}.png",
     "timing": "concepts/{}.safetensors",  # gone when the job ends
+    "detector": "references/{}",  # nothing but its result
+    "residual": "concepts/{}.safetensors",
+    "compose": "samples/{}.png",
 }
 
 

@@ -13,12 +13,12 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from .files import log_of, result_of, write_result
+from .files import log_of, path_of, result_of, write_result
 from .plan import Job
 
 Say = Callable[[str], None]
 PRELOADED = [  # for all jobs at once: they take longer to import than most jobs take
-    "customdiff.reproduce.work",
+    "customdiff.reproduce.cones2.work",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "torchmetrics.image.fid",
     "torchmetrics.image.kid",
@@ -90,11 +90,13 @@ def _child(job: Job, out: Path, workers: int) -> None:
         from ..base import usable_device
         from ..trainer import peak_memory
         from . import work
+        from .cones2 import work as cones2
 
         if workers > 1 and not job.alone:
             torch.set_num_threads(1)  # more would wait for one another
         started = time.perf_counter()
-        result = work.run(job, out)
+        path_of(job, out).parent.mkdir(parents=True, exist_ok=True)
+        result = (work.KINDS | cones2.KINDS)[job.kind](job, out)
         spent = {"peak_memory": peak_memory(usable_device()), "job_seconds": time.perf_counter() - started}
         write_result(job, out, {**result, **spent})
     except Exception:

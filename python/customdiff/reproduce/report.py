@@ -30,16 +30,16 @@ def write(jobs: Sequence[Job], out: Path, folder: Path, effort: Effort, command:
     """custom-diffusion.md, .json and their pictures in `folder`, of all jobs that have a result."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = Figures.collect(jobs, out)
-    claims, about = evaluate(figures), _about(jobs, out, effort, command)
+    claims, told = evaluate(figures), about(jobs, out, effort, command)
     drawn = {}
     for table in tables.TABLES:
         file = f"{NAME}-{table.sheet}.png"
         if table.sheet and sheets.draw(table, jobs, out, folder / file):
             drawn[table.title] = file
-    held = {"about": about, "rows": tables.rows(figures), "claims": claims}
+    held = {"about": told, "rows": tables.rows(figures), "claims": claims}
     texts = {
         f"{NAME}.json": json.dumps(held, indent=1, ensure_ascii=False) + "\n",
-        f"{NAME}.md": markdown(figures, claims, about, drawn),
+        f"{NAME}.md": markdown(figures, claims, told, drawn),
     }
     for name, text in texts.items():
         with replacing(folder / name) as partial:
@@ -47,10 +47,10 @@ def write(jobs: Sequence[Job], out: Path, folder: Path, effort: Effort, command:
 
 
 def markdown(
-    figures: Figures, claims: Sequence[dict[str, Any]], about: dict[str, Any], drawn: dict[str, str]
+    figures: Figures, claims: Sequence[dict[str, Any]], told: dict[str, Any], drawn: dict[str, str]
 ) -> str:
     """The page; ``drawn``: the file of samples of each table that has one, by its title."""
-    parts = ["# Custom Diffusion, reproduced on the embedded base", _introduction(about)]
+    parts = ["# Custom Diffusion, reproduced on the embedded base", _introduction(told)]
     parts += [_count([claim for claim in claims if claim["source"] != BAR], "claims of the paper")]
     parts += [_count([claim for claim in claims if claim["source"] == BAR], "bars of this repository")]
     for table in tables.TABLES:
@@ -61,7 +61,7 @@ def markdown(
     if text := tables.steps(figures):
         parts += ["## A step", text]
     parts += ["Figures are means ± standard deviations over concepts and seeds.", tables.LEGEND]
-    parts += ["## Claims", _claims(claims), ABOUT_CLAIMS]
+    parts += ["## Claims", claims_table(claims), ABOUT_CLAIMS]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -88,7 +88,7 @@ def _count(claims: Sequence[dict[str, Any]], what: str) -> str:
     return text + ("" if measured == len(claims) else f" {len(claims) - measured} were not measured.")
 
 
-def _claims(claims: Sequence[dict[str, Any]]) -> str:
+def claims_table(claims: Sequence[dict[str, Any]]) -> str:
     lines = ["| claim | source | held | figure |", "|---|---|---|---|"]
     for claim in claims:
         mark = MARKS[claim["held"]] + (", within noise" if claim["clear"] is False else "")
@@ -97,7 +97,8 @@ def _claims(claims: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _about(jobs: Sequence[Job], out: Path, effort: Effort, command: str) -> dict[str, Any]:
+def about(jobs: Sequence[Job], out: Path, effort: Any, command: str) -> dict[str, Any]:
+    """Of a run: its command, when and where it ran, and how much was done (`effort`, a dataclass)."""
     import torch
 
     gpu = torch.cuda.is_available()

@@ -31,7 +31,7 @@ def draw(table: Table, jobs: Sequence[Job], out: Path, path: Path) -> bool:
         shown = [own[method] for method in table.methods if method in own]
         if shown:
             rows += _trained_on(shown[0], out)
-        rows += [(f"{' + '.join(cell)}: {TITLES[j.settings['method']]}", _samples(j, out)) for j in shown]
+        rows += [(f"{' + '.join(cell)}: {TITLES[j.settings['method']]}", samples(j, out)) for j in shown]
     if rows:
         with replacing(path) as partial:
             contact_sheet(rows, side=64).quantize(COLOURS).save(partial, format="png", optimize=True)
@@ -43,7 +43,8 @@ def _trained_on(job: Job, out: Path) -> list[Row]:
     return [(f"the pictures of {j.settings['concept']}", read_pictures(path_of(j, out))) for j in own]
 
 
-def _samples(job: Job, out: Path) -> list[Image.Image]:
+def samples(job: Job, out: Path) -> list[Image.Image]:
+    """The first sample of each prompt."""
     with Image.open(path_of(job, out)) as image:
         strip = np.asarray(image.convert("RGB"))
     side = strip.shape[0]

@@ -45,12 +45,6 @@ load_base = cache(base.load_base)
 load_clip = cache(lambda: Clip(tinysd.clip_path()))
 
 
-def run(job: Job, out: Path) -> Result:
-    """The result of one job."""
-    path_of(job, out).parent.mkdir(parents=True, exist_ok=True)
-    return KINDS[job.kind](job, out)
-
-
 # pictures
 
 
@@ -60,7 +54,8 @@ def _regularization(job: Job, out: Path) -> Result:
 
 
 def _pictures(job: Job, out: Path) -> Result:
-    write_concept(path_of(job, out), job.settings["concept"], job.settings["count"], job.settings["seed"])
+    s = job.settings
+    write_concept(path_of(job, out), s["concept"], s["count"], s["seed"], s.get("scales", ("normal",)))
     return {}
 
 
@@ -96,7 +91,7 @@ def _train(job: Job, out: Path) -> Result:
     config = training_config(job, out, path_of(job, out))
     result = train_concept(config, load_base(), progress=False)
     generated = [other for other in job.needs if other.kind == "generated"]
-    waited = sum(_known(other, out, "seconds") for other in generated)
+    waited = sum(known(other, out, "seconds") for other in generated)
     return {
         "seconds": result.seconds + waited,
         "bytes": result.output.stat().st_size,
@@ -118,12 +113,14 @@ def training_config(job: Job, out: Path, output: Path) -> TrainConfig:
         {
             "images": folder,
             "prompts": (f"photo of a {noun}", f"a photo of a {noun}", f"a {noun}"),
+            "category": world.concepts()[name].subject.category,
+            "captioned": settings.get("captioned", False),
             "modifier_token": word,
             "initializer_token": start,
             "regularization": regularization,
         }
-        for folder, noun, (word, start) in zip(
-            folders, settings["nouns"], settings["words"].items(), strict=True
+        for folder, name, noun, (word, start) in zip(
+            folders, settings["concepts"], settings["nouns"], settings["words"].items(), strict=True
         )
     ]
     if len(each) == 1:
@@ -168,7 +165,7 @@ def _together(job: Job, out: Path) -> Result:
     concepts = [Concept.load(path_of(other, out)) for other in job.needs]
     words = {word: row for concept in concepts for word, row in concept.modifier_tokens.items()}
     dataclasses.replace(concepts[0], modifier_tokens=words).save(path_of(job, out))
-    seconds = sum(_known(other, out, "seconds") for other in job.needs)
+    seconds = sum(known(other, out, "seconds") for other in job.needs)
     return {"seconds": seconds, "bytes": path_of(job, out).stat().st_size}
 
 
@@ -223,7 +220,7 @@ def _scores(job: Job, out: Path, pictures: list[Image.Image], texts: Sequence[st
     for i, name in enumerate(job.settings["concepts"]):
         concept = clip.image_features(read_pictures(path_of(own[i], out)))
         scores[f"image{i + 1}"] = float(alignment(features, concept).mean())
-        limit = _known(references[i], out, "limit")
+        limit = known(references[i], out, "limit")
         subject = world.concepts()[name].subject
         seen.append(Presence(subject, _held_out(name, references[i]), limit)(pictures))
         scores[f"seen{i + 1}"] = float(seen[-1].mean())
@@ -275,7 +272,7 @@ def _draw(prompts: Sequence[str], concept: Concept | None, denoising: int, seed:
     return pictures
 
 
-def _known(job: Job, out: Path, name: str) -> Any:
+def known(job: Job, out: Path, name: str) -> Any:
     """A figure of a job that this one needs, which has therefore ended."""
     result = result_of(job, out)
     assert result is not None, job.name

@@ -1,0 +1,1 @@
+"""Cones 2 on the embedded base, beside Custom Diffusion: one to six subjects, with layouts and without."""
