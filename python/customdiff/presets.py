@@ -62,6 +62,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         },
         (3000, 3000),
     ),
+    "cones2-embedded": (
+        "Cones 2 for the embedded base, the residual itself refined; caption the pictures (--captioned)",
+        {"method": "cones2", "batch_size": 6, "cooldown": 0.3, "shift": 0.0, "refine_steps": 450},
+        (550, 550),
+    ),
     "cones2-code": (
         "its published code: preservation over the training prompt alone, the mean over 27 templates; there "
         'the prompt is the word alone: "dog"',
