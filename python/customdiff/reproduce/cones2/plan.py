@@ -12,6 +12,7 @@ from typing import Any
 
 from tinysd import world
 
+from ...embedded_world import GUIDANCE_SCALE
 from ..plan import OURS, SAMPLING, TRAINING, Job, categories
 
 PAIRS = (("teal_dog", "lilac_cat"), ("lime_car", "maroon_cup"))
@@ -39,7 +40,7 @@ class Effort:
     refine_steps: int = 450  # of these, the last ones
     captions: int = 1000
     denoising: int = 20
-    guidance_scale: float = 8.0
+    guidance_scale: float = 8.0  # of Custom Diffusion: GUIDANCE_SCALE, as in its own report
 
 
 QUICK = Effort(
@@ -166,7 +167,8 @@ class Plan:
         }
         cost = 2.0
         if method != "true":
-            settings |= {"denoising": effort.denoising, "guidance_scale": effort.guidance_scale}
+            own = GUIDANCE_SCALE if how.made_by in ("joint", "merged") else effort.guidance_scale
+            settings |= {"denoising": effort.denoising, "guidance_scale": own}
             cost += settings["samples"] * len(world.BACKGROUNDS) * effort.denoising * SAMPLING
         if how.layout:
             settings["guidance"] = GUIDANCE

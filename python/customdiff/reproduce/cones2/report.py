@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data import replacing
+from ...embedded_world import GUIDANCE_SCALE
 from ...sheet import contact_sheet
 from ..files import result_of
 from ..plan import Job
@@ -87,8 +88,8 @@ def _introduction(told: dict[str, Any]) -> str:
         f"{effort['residual_steps']} steps from {effort['pictures']} captioned pictures, Custom Diffusion "
         "from "
         f"the same in {effort['steps']} steps a subject with regularization; all is drawn in "
-        f"{effort['denoising']} DDIM steps at guidance scale {effort['guidance_scale']:g}. The base is a "
-        "small model of a procedural world (python/tinysd): the directions of the paper's claims can be "
+        f"{effort['denoising']} DDIM steps, at guidance scale {effort['guidance_scale']:g}, Custom Diffusion "
+        f"at {GUIDANCE_SCALE:g}, as in its own report. The base is a small model of a procedural world (python/tinysd): the directions of the paper's claims can be "
         "compared, not its figures."
     )
 
