@@ -85,10 +85,10 @@ def _introduction(told: dict[str, Any]) -> str:
     return (
         f"`{told['command']}` wrote this page on {told['date']}: {told['machine']}, {told['versions']}. "
         f"Its jobs took {told['minutes']:.0f} minutes, added up. A residual is learned in "
-        f"{effort['residual_steps']} steps from {effort['pictures']} captioned pictures, Custom Diffusion from "
-        f"the same in {effort['steps']} steps a subject with regularization. All is drawn in "
-        f"{effort['denoising']} DDIM steps, at guidance scale {effort['guidance_scale']:g}; Custom Diffusion at "
-        f"{GUIDANCE_SCALE:g}, as in its own report. The base is a small model of a procedural world "
+        f"{effort['residual_steps']} steps from {effort['pictures']} captioned pictures, Custom Diffusion "
+        f"from the same in {effort['steps']} steps a subject with regularization. All is drawn in "
+        f"{effort['denoising']} DDIM steps, at guidance scale {effort['guidance_scale']:g}; Custom Diffusion "
+        f"at {GUIDANCE_SCALE:g}, as in its own report. The base is a small model of a procedural world "
         "(python/tinysd): the directions of the paper's claims can be compared, not its figures. What was "
         "chosen (rates, steps, weights, prompts) was chosen on other subjects."
     )
