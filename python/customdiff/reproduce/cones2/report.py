@@ -49,6 +49,7 @@ def write(jobs: Sequence[Job], out: Path, folder: Path, effort: Effort, command:
     """cones2.md, .json and the pictures in `folder`, of all jobs that have a result."""
     folder.mkdir(parents=True, exist_ok=True)
     figures, told = Figures.collect(jobs, out), about(jobs, out, effort, command)
+    told["missing"] = [job.name for job in jobs if result_of(job, out) is None]
     claims, sheet = evaluate(figures), f"{NAME}.png"
     rows = [{**asdict(row), "title": METHODS[row.method].title} for row in figures.rows.values()]
     drawn = _draw(jobs, out, folder / sheet)
@@ -66,6 +67,10 @@ def markdown(
 ) -> str:
     """The page."""
     parts = ["# Cones 2 on the embedded base", _introduction(told)]
+    if missing := len(told["missing"]):
+        parts.append(
+            f"**{missing} jobs had not ended when this was written**; what they measure is missing here."
+        )
     measured = [claim for claim in claims if claim["held"] is not None]
     if measured:
         held = sum(claim["held"] for claim in measured)
