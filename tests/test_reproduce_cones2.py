@@ -135,7 +135,7 @@ def test_the_report_has_what_was_measured_and_no_more(tmp_path):
     page = (tmp_path / "report" / "cones2.md").read_text()
     assert f"**{len(jobs) - 8} jobs had not ended" in page
     assert "## Three subjects" in page and "## Two subjects" not in page
-    assert "| residuals, layout (Cones 2) | 0.500 | 0.500 | 100% | 85% | 40% | 30 | 6.0 |" in page
+    assert "| residuals, layout (Cones 2) | 100 | 0.500 | 0.500 | 100% | 85% | 40% | 30 | 6.0 |" in page
 
 
 @pytest.mark.slow

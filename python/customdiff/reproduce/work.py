@@ -152,7 +152,7 @@ def _merge(job: Job, out: Path) -> Result:
         concepts,
         base,
         embedded_captions(job.settings["captions"]),
-        together=["photo of " + " and ".join(nouns)],
+        together=[job.settings.get("together") or "photo of " + " and ".join(nouns)],
         padding=False,
     )
     merged.save(path_of(job, out))

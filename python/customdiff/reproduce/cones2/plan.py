@@ -14,6 +14,7 @@ from tinysd import world
 
 from ...embedded_world import GUIDANCE_SCALE
 from ..plan import OURS, SAMPLING, TRAINING, Job, categories
+from .scenes import BARE, prompt
 
 PAIRS = (("teal_dog", "lilac_cat"), ("lime_car", "maroon_cup"))
 THREE = (("teal_dog", "lilac_cat", "lime_car"), ("maroon_cup", "teal_dog", "lilac_cat"))
@@ -147,7 +148,11 @@ class Plan:
             made["joint"] = [self.alone[names[0]]]
         else:
             alone = [self.alone[name] for name in names]
-            settings = {"captions": self.effort.captions, "categories": categories("+".join(names))}
+            nouns = categories("+".join(names))
+            settings: dict[str, Any] = {"captions": self.effort.captions, "categories": nouns}
+            if len(names) >= BARE:
+                named = [f"{self.words[name]} {noun}" for name, noun in zip(names, nouns, strict=True)]
+                settings["together"] = prompt(named, "")
             made["joint"] = [self._custom_diffusion(names)]
             made["merged"] = [self._add(f"merge-{'+'.join(names)}", "merge", settings, alone, 4)]
         for name, method in METHODS.items():

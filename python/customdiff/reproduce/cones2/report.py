@@ -107,14 +107,14 @@ def _table(figures: Figures, n: int) -> str:
     metrics = [metric for metric in METRICS if any(metric in row.mean for row in rows)]
     if n == 1:
         metrics = [metric for metric in metrics if metric != "all_in_region"]
-    lines = [f"| | {' | '.join(HEADINGS[m] for m in metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    lines = [
+        f"| | pictures | {' | '.join(HEADINGS[m] for m in metrics)} |",
+        "|---" * (len(metrics) + 2) + "|",
+    ]
     for row in rows:
         cells = [_cell(metric, row.mean.get(metric)) for metric in metrics]
-        lines.append(f"| {METHODS[row.method].title} | {' | '.join(cells)} |")
-    pictures = (
-        f"{rows[0].pictures} pictures of {rows[0].combinations} combination{'s' * (rows[0].combinations > 1)}"
-    )
-    return "\n".join([f"{pictures} a method.", "", *lines])
+        lines.append(f"| {METHODS[row.method].title} | {row.pictures} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _cell(metric: str, value: float | None) -> str:
