@@ -72,7 +72,7 @@ def _of_the_paper(figures: Figures) -> list[Verdict]:
         said = f"{NUMBERS[n]} subjects: more pictures with all in their regions than joint Custom Diffusion's"
         found.append(_compared(figures, said, FIGURE3, "all_in_region", n, "joint", lambda a, b: a > b))
     for n in (1, 4):
-        said = f"{NUMBERS[n]} subject{'s' * (n > 1)}: stored in less than a hundredth of Custom Diffusion's bytes"
+        said = f"{NUMBERS[n]} subject{'s' * (n > 1)}: less than a hundredth of Custom Diffusion's bytes"
         found.append(_compared(figures, said, STORAGE, "bytes", n, "joint", lambda a, b: a < b / 100, ",.0f"))
     return found
 
