@@ -80,6 +80,13 @@ def test_a_file_round_trip(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_a_residual_is_not_taken_for_a_concept(tmp_path):
+    file = tmp_path / "dog.safetensors"
+    Residual("dog", torch.ones(32)).save(file)
+    with pytest.raises(ck.DeltaFileError, match="its metadata says that it is a customdiff residual"):
+        ck.load_delta(file)
+
+
 def test_a_file_is_small(pipe, tmp_path):
     metadata = base_metadata(ck.KVStack.from_unet(pipe.unet)) | {
         "base_name": "stable-diffusion-2-1-base",
@@ -123,7 +130,7 @@ def test_files_that_are_none(pipe, tmp_path):
             lambda: written(whole.replace(b'"version":"1"', b'"version":"7"')),
             "version '7', and this .* reads 1",
         ),
-        (lambda: written(b""), "it is no residual"),
+        (lambda: written(b""), r"refuses it \(EOFError"),
         (lambda: written(b"\x89PNG not this"), "it is no residual"),
         (lambda: torch.save(_Trap(), tmp_path / "bad"), r"weights_only=True. refuses it"),
         (

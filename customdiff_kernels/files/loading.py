@@ -141,6 +141,8 @@ def _contents(path: Path) -> tuple[Any, Mapping[str, str]]:
 def _parse(tree: Any, text: Mapping[str, str], stem: str) -> LoadedDelta:
     if text.get("format") == own.FORMAT:
         return own.parse(tree, text)
+    if text.get("format", "").startswith(own.FORMAT):  # else the one tensor of a residual is read as a word
+        raise ValueError(f"its metadata says that it is a {text['format']}")
     if not isinstance(tree, Mapping):
         raise ValueError(f"it holds a {type(tree).__name__}, where a delta is a dict of tensors")
     found = (

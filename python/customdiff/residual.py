@@ -169,7 +169,7 @@ def _read_published(path: Path) -> Tensor:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler of a malformed file stumbles over
-        first = str(error).partition("\n")[0]
+        first = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"it is no residual: torch.load(weights_only=True) refuses it ({first})") from error
     if not isinstance(found, Tensor) or found.ndim == 0 or any(n != 1 for n in found.shape[:-2]):
         raise ValueError(f"it must hold one tensor (tokens, E), and holds {_kind(found)}")
