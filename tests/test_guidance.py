@@ -170,8 +170,8 @@ def test_nothing_to_guide_is_bit_for_bit_the_plain_sampler(pipe):
     assert torch.equal(sample(pipe, [PROMPT], layouts=[None], residuals=[None], **FAST), want)
 
 
-@pytest.mark.parametrize("recurrence", [False, True])
-def test_a_row_does_not_depend_on_the_others(pipe, recurrence):
+@pytest.mark.parametrize(("recurrence", "eta"), [(False, 0.0), (True, 0.0), (True, 1.0)])
+def test_a_row_does_not_depend_on_the_others(pipe, recurrence, eta):
     prompts = [PROMPT, "a dog and a dog", PROMPT, "photo of a <new1> dog", "a cup"]
     layouts = [
         LAYOUT,
@@ -183,7 +183,8 @@ def test_a_row_does_not_depend_on_the_others(pipe, recurrence):
     residual = Residual("dog", torch.randn(32))
     residuals = [{}, {"dog#2": residual}, {"red cat": Residual("red cat", torch.randn(2, 32))}, {}, None]
     concepts = [None, None, None, tiny_pipeline.concept(pipe, 0, low_rank=True), None]
-    options = {"layout_guidance": LayoutGuidance(weight=0.5, recurrence=recurrence, steps=2), **FAST}
+    guidance = LayoutGuidance(weight=0.5, recurrence=recurrence, steps=2)
+    options = {"layout_guidance": guidance, "eta": eta, **FAST}
     with mock.patch.object(pipe.unet, "forward", wraps=pipe.unet.forward) as unet:
         with mock.patch.object(ck, "kv_project", wraps=ck.kv_project) as projection:
             batch = sample(pipe, prompts, concepts, residuals=residuals, layouts=layouts, seeds=7, **options)

@@ -130,6 +130,13 @@ class Guide:
         """Whether ``step`` is taken twice, by all rows, which the unguided ones do not notice."""
         return self.guidance.recurrence and self.strengths[step] != 0
 
+    def for_trial(self, generators: Sequence[torch.Generator]) -> list[torch.Generator]:
+        """What the rows draw from where ``step`` is taken for the first time: those that are not guided from
+        copies, since for them it is not taken.
+        """
+        guided = self._level(self.size[0] * self.size[1])[-len(generators) :]
+        return [g.clone_state() if row is None else g for g, row in zip(generators, guided, strict=True)]
+
     def back(
         self, x: Tensor, x_next: Tensor, step: int, scheduler: Any, generators: Sequence[torch.Generator]
     ) -> Tensor:

@@ -201,7 +201,9 @@ def denoise(
             out = predicted(x, t)
             if guide is not None and guide.repeats(i):
                 trial = copy.deepcopy(scheduler)  # steps may be remembered: the real one takes but one
-                x = guide.back(x, trial.step(out, t, x, **options).prev_sample, i, scheduler, generators)
+                draws = {"generator": guide.for_trial(generators)} if "generator" in options else {}
+                x_next = trial.step(out, t, x, **{**options, **draws}).prev_sample
+                x = guide.back(x, x_next, i, scheduler, generators)
                 out = predicted(x, t)
         x = scheduler.step(out, t, x, **options).prev_sample
         if on_step is not None:
