@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from customdiff.residual import Residual, add_residuals
 from customdiff.residual_training import Marked, ResidualTraining, preservation
 from customdiff.sampler import sample
 from customdiff.sheet import contact_sheet
-from customdiff.subjects import find_subject
+from customdiff.subjects import find_subject, occurrences
+from customdiff.validation import Validation
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -288,6 +290,25 @@ def test_validation_draws_with_the_residual_so_far(config, tmp_path):
     assert same == [True, False]
 
 
+def test_trackers_are_told_the_rates_of_what_learns(config, tmp_path, monkeypatch):
+    told = []
+    with training_of(dataclasses.replace(config, refine_steps=2)) as run:
+        monkeypatch.setattr(run.accelerator, "log", lambda values, step: told.append(values))
+        watching = Validation(run, tmp_path / "dog.safetensors")
+        watching.config = dataclasses.replace(run.config, log_with="tensorboard")
+        for _ in range(4):
+            watching.after_step(run.step())
+    rates = [(values["learning_rate"], values["embedding_learning_rate"]) for values in told]
+    assert rates == [(1e-3, 0), (1e-3, 0), (0, 5e-2), (0, 5e-2)]
+
+
+def test_room_is_asked_for_residuals_and_for_checkpoints_of_the_encoder(config, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=100_000))
+    trainer.train(dataclasses.replace(config, keep_every=1), progress=False)
+    with pytest.raises(OSError, match="the run writes up to 1 MiB and the disk has 0 MiB left"):
+        trainer.train(dataclasses.replace(config, checkpoint_every=1, overwrite=True), progress=False)
+
+
 # --- captions ---
 
 
@@ -305,6 +326,11 @@ def test_a_thousand_captions_that_the_tokenizer_reads_whole(tokenizer, word):  #
         assert " a orange" not in f" {caption}" and " an red" not in f" {caption}"
     places = {find_subject(tokenizer, caption, word)[0] for caption in made}
     assert len(places) > 5, "the subject stands in many places"
+
+
+def test_a_category_with_a_capital_is_not_named_as_another_too(tokenizer):  # noqa: F811
+    made = captions.generate(tokenizer, "Dog", 1000)
+    assert all(len(occurrences(tokenizer, caption, "dog")) == 1 for caption in made)
 
 
 def test_captions_of_a_file(config, tmp_path):

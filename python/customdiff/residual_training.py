@@ -206,18 +206,17 @@ class ResidualTraining(Training):
         self.pictures_hash += content_hash([], [self.texts.captions])
 
     @property
-    def refining(self) -> bool:
-        """Whether this step is one of those in which the residual itself trains."""
-        return self.steps_done >= self.config.steps - self.config.refine_steps
+    def refined_from(self) -> int:
+        """The first step in which the residual itself trains, and the text encoder no more."""
+        return self.config.steps - self.config.refine_steps
 
-    @property
-    def rates(self) -> tuple[float, float]:
-        encoder, shift = super().rates
-        return (0.0, shift) if self.refining else (encoder, 0.0)
+    def rates(self, step: int) -> tuple[float, float]:
+        encoder, shift = super().rates(step)
+        return (0.0, shift) if step >= self.refined_from else (encoder, 0.0)
 
     def step(self) -> float:
-        if self.refining:
-            if self.steps_done == self.config.steps - self.config.refine_steps:
+        if self.steps_done >= self.refined_from:
+            if self.steps_done == self.refined_from:
                 with torch.no_grad():
                     self.learned.shift.copy_(self.texts.shift())
             self.texts.refined = self.learned.shift
@@ -238,7 +237,7 @@ class ResidualTraining(Training):
         marked = texts.marked if over_captions else texts.prompts
         count = config.caption_batch if over_captions else concepts
         loss, rows = super().loss(batch, concepts, prior), batch.captions.to(marked.ids.device)
-        if len(rows) and not self.refining:  # else fewer captions than processes
+        if len(rows) and self.steps_done < self.refined_from:  # else fewer captions than processes
             with self.accelerator.autocast():
                 moved = texts.moved(marked.ids[rows])
             kept = preservation(moved, marked.subject()[rows], config.preservation)
@@ -248,8 +247,8 @@ class ResidualTraining(Training):
     def concept(self) -> Residual:
         """What was learned so far."""
         metadata = {**self.learned.of_base, **self._metadata()}
-        refined = self.steps_done > self.config.steps - self.config.refine_steps
-        shift = self.learned.shift.detach().cpu().clone() if refined else self.texts.shift()
+        refined = self.steps_done > self.refined_from
+        shift = self.learned.shift.detach() if refined else self.texts.shift()  # which Residual copies
         return Residual(self.config.category, shift, metadata)
 
     def for_sampling(self) -> dict[str, Any]:

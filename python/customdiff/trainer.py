@@ -206,8 +206,9 @@ def _check_space(output: Path, training: Training) -> None:
     """Room for what the run writes: the concept, those that it keeps, two checkpoints with their moments."""
     config = training.config
     held = sum(tensor.nbytes for tensor in training.learned.state().values())
+    concept = training.learned.shift.nbytes if config.residual else held
     concepts = 1 + (config.steps // config.keep_every if config.keep_every else 0)
-    needed = held * (concepts + (6 if config.checkpoint_every else 0))
+    needed = concept * concepts + (6 * held if config.checkpoint_every else 0)
     free = shutil.disk_usage(nearest_folder(output)).free
     if free < needed:
         raise OSError(

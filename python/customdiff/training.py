@@ -155,7 +155,7 @@ class Training:
             whole = accelerator.reduce(torch.cat(grads), "sum").split([len(grad) for grad in grads])
             for parameter, grad in zip(parameters, whole, strict=True):
                 parameter.grad = grad.view_as(parameter)
-        rates = dict(zip(("weights", "rows"), self.rates, strict=True))
+        rates = dict(zip(("weights", "rows"), self.rates(self.steps_done), strict=True))
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["of"]]
         self.optimizer.step()
@@ -163,10 +163,9 @@ class Training:
         self.steps_done += 1
         return float(total)
 
-    @property
-    def rates(self) -> tuple[float, float]:
-        """The learning rates of the weights and of V* at this step."""
-        return self.config.rates(self.steps_done, self.embedded)
+    def rates(self, step: int) -> tuple[float, float]:
+        """The learning rates of the weights and of V* at a step, counted from 0."""
+        return self.config.rates(step, self.embedded)
 
     def draw(self) -> Batch:
         """The next step's draws, on the CPU: alike on every device and in every process."""

@@ -45,7 +45,7 @@ class Validation:
         if not training.accelerator.is_main_process:
             return
         if self.config.log_with:
-            weights, rows = training.config.rates(done - 1, training.embedded)
+            weights, rows = training.rates(done - 1)
             values = {"loss": loss, "learning_rate": weights, "embedding_learning_rate": rows}
             training.accelerator.log(values, step=done)
         if self.config.validation_prompts and done % self.config.validation_every == 0:
