@@ -43,11 +43,11 @@ def pipe(folder):
 class Plain:
     """Equation 7 as it is written: the dense layout, the scores, and their standard deviation.
 
-    The last row of the batch is the conditional one. `seen` holds (std, number of pixels) of every call.
+    The last row of the batch is the conditional one.
     """
 
-    def __init__(self, layout, at, strength, seen=None):
-        self.layout, self.at, self.strength, self.seen = layout, at, strength, seen
+    def __init__(self, layout, at, strength):
+        self.layout, self.at, self.strength = layout, at, strength
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
         cross = encoder_hidden_states is not None
@@ -61,8 +61,6 @@ class Plain:
             n = scores.shape[2]
             m = self.layout.bias(self.at, level_size(n, (16, 16)), scores.shape[3], 2.5, -1e8).dense()[0]
             scores[-1] += self.strength() * scores[-1].std() * m
-            if self.seen is not None:
-                self.seen.append((scores[-1], n))
         out = (scores * attn.scale).softmax(-1) @ v
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
