@@ -239,9 +239,9 @@ def test_sample_draws_the_scenes_of_a_layout_file(root, run, tmp_path, monkeypat
     (tmp_path / "both.json").write_text(json.dumps(both))
     (tmp_path / "one.json").write_text(json.dumps(scene))
     line = f"sample --base {{root}}/base --steps 1 --count 1 --quiet --output {tmp_path}/out"
-    status, _, err = run(f"{line} --layout {tmp_path}/both.json --save-attention")
+    status, _, err = run(f"{line}.1 --layout {tmp_path}/both.json --save-attention")
     assert status == 0, err
-    assert (tmp_path / "out" / "attention.png").exists()
+    assert (tmp_path / "out.1" / "attention.png").exists(), "a folder, whatever follows a dot in its name"
     (_, prompts, _), options = calls.pop()
     assert prompts == ["a dog and a cat", "a cat"] and options["layout_guidance"].weight == 0.3
     assert options["layouts"][0].strengths == {"dog": 3} and list(options["residuals"][0]) == ["dog"]
@@ -268,6 +268,9 @@ def test_sample_draws_the_scenes_of_a_layout_file(root, run, tmp_path, monkeypat
         (f"--prompt cat --residual {tmp_path}/dog.safetensors", "subject 'dog' is not in the prompt 'cat'"),
         ("--prompt dog --box dog=0,0,1,1 --layout-weight -1", "weight must be at least 0"),
         ("--prompt dog --save-attention", "--save-attention needs a subject"),
+        ("--prompt dog --layout-weight 0.1", "--layout-weight needs a layout; give --box or --layout"),
+        ("--prompt dog --recurrence", "--recurrence needs a layout"),
+        ("--prompt dog --draw-layout", "--draw-layout needs a layout"),
         ("", "--prompt is missing"),
     ]:
         status, _, err = run(f"{line} {more}")

@@ -36,7 +36,12 @@ def free_output(options: argparse.Namespace, folder: bool = False) -> Path:
 
 def check_pictures(output: Path) -> None:
     """Raises before the work what ``save_pictures`` would raise after it."""
-    check_writable(output if output.suffix.lower() == ".png" else output / "picture.png")
+    check_writable(output if is_sheet(output) else output / "picture.png")
+
+
+def is_sheet(output: Path) -> bool:
+    """Whether ``save_pictures`` writes one sheet of all; else a folder."""
+    return output.suffix.lower() == ".png"
 
 
 def save_pictures(
@@ -48,7 +53,7 @@ def save_pictures(
     """
     from ..sheet import contact_sheet
 
-    if output.suffix.lower() == ".png":
+    if is_sheet(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(rows, side=max(128, min(512, rows[0][1][0].width))).save(output)
         print(output)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_base, add_drawing, check_pictures, guidance_scale, save_pictures
-from .scenes import add_scenes, layout_guidance, read_scenes, share, subject_maps
+from .common import add_base, add_drawing, check_pictures, guidance_scale, is_sheet, save_pictures
+from .scenes import add_scenes, check_guided, layout_guidance, read_scenes, share, subject_maps
 
 SUMMARY = "Draw pictures, with concepts, residuals and layouts, or without."
 EXAMPLES = """--concept, --residual, --box and --layout serve the --prompt before them. A --concept that
@@ -46,10 +46,11 @@ def run(options: argparse.Namespace) -> None:
     check_pictures(output)
     wanted, shared = read_scenes(options)
     guidance = layout_guidance(options, wanted)
-    maps_file = output.with_suffix(".attention.png") if output.suffix else output / "attention.png"
+    maps_file = output.with_suffix(".attention.png") if is_sheet(output) else output / "attention.png"
     figure = new_figure(maps_file) if options.save_attention else None
     pipeline = load_base(options.base, options.device)
     share(wanted, shared, pipeline.tokenizer)
+    check_guided(options, wanted)
     if figure and not any(entry.subjects for entry in wanted):
         raise ValueError("--save-attention needs a subject; give --box, --layout or --residual")
     rows = [entry for entry in wanted for _ in range(options.count)]

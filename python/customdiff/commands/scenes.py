@@ -176,7 +176,7 @@ def layout_guidance(options: argparse.Namespace, wanted: Sequence[Wanted]) -> La
 
     found: dict[str, Any] = {}
     for name in (each.name for each in fields(LayoutGuidance)):
-        said = getattr(options, "recurrence" if name == "recurrence" else f"layout_{name}")
+        said = getattr(options, _flag(name))
         of_files = [e.scene.guidance[name] for e in wanted if e.scene and name in e.scene.guidance]
         if said is not None:
             found[name] = said
@@ -188,6 +188,16 @@ def layout_guidance(options: argparse.Namespace, wanted: Sequence[Wanted]) -> La
         elif of_files:
             found[name] = of_files[0]
     return LayoutGuidance(**found)
+
+
+def check_guided(options: argparse.Namespace, wanted: Sequence[Wanted]) -> None:
+    """Raises ValueError for an option of layouts where no prompt has one."""
+    from ..guidance import LayoutGuidance
+
+    names = ["draw_layout", *(_flag(each.name) for each in fields(LayoutGuidance))]
+    said = [name for name in names if getattr(options, name) not in (None, False)]
+    if said and not any(entry.regions for entry in wanted):
+        raise ValueError(f"--{said[0].replace('_', '-')} needs a layout; give --box or --layout")
 
 
 def subject_maps(entry: Wanted, maps: Tensor, tokenizer: Any) -> list[tuple[str, Tensor]]:
@@ -204,6 +214,11 @@ def subject_maps(entry: Wanted, maps: Tensor, tokenizer: Any) -> list[tuple[str,
             found.append((f"{name}: region", region[0, 0, :, at[0]].unflatten(0, maps.shape[1:])))
         found.append((name, maps[list(at)].sum(0)))
     return found
+
+
+def _flag(name: str) -> str:
+    """The option that sets a field of LayoutGuidance."""
+    return name if name == "recurrence" else f"layout_{name}"
 
 
 def _names(entry: Wanted, subject: str, tokenizer: Any) -> bool:
