@@ -230,6 +230,7 @@ def test_two_shades_of_a_legend_are_told_apart():
         ({RED: "dog", BLUE: "dog"}, None, "subject 'dog' is in the legend twice; .*'dog#2'"),
         ({RED: "dog"}, "red", "subject 'dog': its colour 255,0,0 is declared as background too"),
         ({RED: "dog"}, 3, "colour 3 must be"),
+        ({RED: "dog"}, [[float("inf"), 0, 0]], r"colour \[inf, 0, 0\] must be"),
         ({"256,0,0": "dog"}, None, "colour '256,0,0' must be"),
         ({"1,2": "dog"}, None, "colour '1,2' must be"),
         ({"reddish": "dog"}, None, "colour 'reddish' must be"),
@@ -483,7 +484,9 @@ MAP = {"prompt": "a mug and a dog", "layout": "layouts/map.png", "legend": {"255
         ),
         ({**dog(box=BOX), "guidance": {"weigth": 1}}, "unknown key 'weigth'; did you mean 'weight'"),
         ({**dog(box=BOX), "guidance": {"weight": "x"}}, "guidance weight must be of type float"),
-        ({**dog(box=BOX), "guidance": {"weight": float("inf")}}, "guidance weight must be finite"),
+        ({**dog(box=BOX), "guidance": {"weight": float("inf")}}, "weight must be finite"),
+        ({**dog(box=BOX), "guidance": {"schedule": "linear"}}, "schedule must be 'published', 'constant'"),
+        ({**dog(box=BOX), "guidance": {"steps": -1}}, "steps must be a whole number of at least 0"),
         ({**dog(box=BOX), "guidance": {"steps": 2.5}}, "guidance steps must be of type int"),
         (
             {**MAP, "legend": {"255,192,0": "mug"}},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .documents import nearest, read_json, read_yaml
+from .guidance import LayoutGuidance
 from .layout_pictures import read_colour_map, read_mask
 from .layouts import Box, Layout, checked_box
 from .options import NUMBER, typed
@@ -124,9 +124,7 @@ def _scene(entry: Any, folder: Path) -> Scene:
         raise ValueError(f"subject {next(iter(strengths))!r} has a strength but no box or mask; add one")
     given = _object("guidance", entry.get("guidance", {}), GUIDANCE)
     guidance = {key: typed(f"guidance {key}", value, GUIDANCE[key]) for key, value in given.items()}
-    for key, value in guidance.items():
-        if isinstance(value, float) and not math.isfinite(value) and (key, value) != ("negative", -math.inf):
-            raise ValueError(f"guidance {key} must be finite, got {value}")
+    LayoutGuidance(**guidance)  # here the file is known that a bad value is of
     layout = Layout(regions, strengths) if regions else None
     return Scene(prompt, layout, residuals, guidance, positions)
 

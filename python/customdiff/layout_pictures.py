@@ -33,7 +33,7 @@ def colour(value: str | Iterable[int]) -> Colour:
             parts = ImageColor.getrgb(value)[:3]
         else:
             parts = tuple(int(x) for x in (value.split(",") if isinstance(value, str) else value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         parts = ()
     if len(parts) != 3 or not all(0 <= x <= 255 for x in parts):
         raise ValueError(f'colour {value!r} must be "red,green,blue" of 0 to 255, or as "#ffc000"')

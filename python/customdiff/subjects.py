@@ -56,6 +56,6 @@ def find_subject(
         )
     texts = [each.text for each in prompt_words(tokenizer, prompt, modifiers)]
     raise ValueError(
-        f"subject {name!r} is not in the prompt {prompt!r}; write {word!r} there, or name one of its words: "
-        f"{', '.join(dict.fromkeys(texts)) or '(it has none)'}"
+        f"subject {name!r} is not in the prompt {prompt!r}; write {word!r} there, or name one of the words "
+        f"that the text encoder reads of it: {', '.join(dict.fromkeys(texts)) or '(there are none)'}"
     )
