@@ -69,7 +69,8 @@ def generate(tokenizer: Any, word: str, count: int, seed: int = 0) -> list[str]:
     views, colours, kinds, wearing, places = (
         ["", *_known(tokenizer, text)] for text in (VIEWS, COLOURS, KINDS, WEARING, PLACES)
     )
-    others = [_a(other) for other in _known(tokenizer, OTHERS) if not {*other.split()} & {*word.lower().split()}]
+    own = {*word.lower().split()}
+    others = [_a(other) for other in _known(tokenizer, OTHERS) if not {*other.split()} & own]
     most = tokenizer.model_max_length
     for _ in range(DRAWS * count):
         subject = _a(_joined(draw.choice(colours), draw.choice(kinds), word), draw.choice(wearing))
