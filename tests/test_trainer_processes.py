@@ -110,6 +110,7 @@ def to_rounding(first, second):
 
 CONES2 = {"method": "cones2", "category": "big cup", "prompts": (), "caption_count": 40, "caption_batch": 3}
 CONES2 |= {"regularization": None, "regularization_prompt": None, "accumulation": 2, "learning_rate": 1e-3}
+CONES2 |= {"refine_steps": 2}  # of four
 
 
 @pytest.mark.parametrize(
