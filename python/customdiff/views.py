@@ -64,21 +64,23 @@ def regularization(folder: str, subject: ConceptConfig, config: TrainConfig) -> 
 
 
 def prompt_of(caption: str, subject: ConceptConfig) -> str:
-    """`caption` with the subject's modifier token, before its category where it was not there.
+    """`caption` with the subject's modifier token, if it has one, before its category where it was not there.
 
     Raises ValueError for a caption that has neither.
     """
-    word = subject.modifier_token
-    if word is None or mentions(caption, [word]):
+    word, category = subject.modifier_token, subject.category
+    if word is not None and mentions(caption, [word]):
         return caption
-    named = rf"(?<!\w){re.escape(subject.category)}(?!\w)" if subject.category else "(?!)"
-    prompt, found = re.subn(named, f"{word} {subject.category}", caption, count=1, flags=re.IGNORECASE)
-    if not found:
+    named = rf"(?<!\w){re.escape(category)}(?!\w)" if category else "(?!)"
+    found = re.search(named, caption, re.IGNORECASE)
+    if found is None:
         raise ValueError(
-            f"caption {caption!r} of {subject.images!r} has neither {word} nor the category "
-            f"{subject.category!r}; write the one or the other where the subject is named"
+            f"caption {caption!r} of {subject.images!r} does not name the subject: write "
+            f"{' or '.join(filter(None, (word, category))) or 'its category, and give that,'} there"
         )
-    return prompt
+    if word is None:
+        return caption
+    return f"{caption[: found.start()]}{word} {category}{caption[found.end() :]}"
 
 
 class Views:
