@@ -184,8 +184,7 @@ class TrainConfig(ConceptConfig):
         f"{RESIDUAL_STEPS})",
     )
     batch_size: int = option(
-        4,
-        help="concept pictures a step, of all processes together, and as many regularization pictures",
+        4, help="concept pictures a step, of all processes together, and as many regularization pictures"
     )
     accumulation: int = option(
         1, help="passes that a process takes a step's pictures in: less memory, the same result"
@@ -303,12 +302,7 @@ class TrainConfig(ConceptConfig):
                     raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.preservation_weight is not None and not self.preservation_weight >= 0:
             raise ValueError(f"preservation_weight must be at least 0, got {self.preservation_weight}")
-        for name in (
-            "learning_rate",
-            "embedding_learning_rate",
-            "min_snr_gamma",
-            "resolution",
-        ):
+        for name in ("learning_rate", "embedding_learning_rate", "min_snr_gamma", "resolution"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")

@@ -153,7 +153,8 @@ class ResidualTexts(Texts):
         encoder: nn.Module,
     ):
         super().__init__(config, pipeline, {}, {}, (), prompts)
-        self.encoder, self.refined = encoder, None  # type: nn.Module, Tensor | None
+        self.encoder = encoder
+        self.refined: Tensor | None = None
         tokenizer, word, device = pipeline.tokenizer, config.category or "", encoder.device
         Marked.of(tokenizer, [*self._prompts, *config.validation_prompts], word)
         self.prompts = Marked.of(tokenizer, self._prompts, word, device)
