@@ -178,6 +178,8 @@ def test_another_base_is_refused(pipe):
     other = ck.KVStack(stack.weight + 1, stack.segments)
     with pytest.raises(ck.BaseMismatchError, match="residual 'dog' is of the base model tiny, base_hash"):
         residual.check_base(other)
+    with pytest.raises(ck.BaseMismatchError, match="base_hash 5, and"):  # a stranger's file
+        Residual("dog", torch.ones(32), {"base_hash": 5}).check_base(stack)
 
 
 def test_each_row_gets_its_own_residuals(pipe):

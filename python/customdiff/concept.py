@@ -169,9 +169,9 @@ def check_base(what: str, metadata: Mapping[str, Any], stack: ck.KVStack) -> Non
         warnings.warn(f"{what} cannot tell its base in bfloat16: its file has no {key}", stacklevel=3)
     elif expected is not None and expected != stack.hash():
         raise ck.BaseMismatchError(
-            f"{what} is of the base model {metadata.get('base_name', '(no name)')}, {key} {expected[:12]}, "
-            f"and the K/V weights of this UNet have {stack.hash()[:12]}: load that base, without another "
-            "delta in it"
+            f"{what} is of the base model {metadata.get('base_name', '(no name)')}, {key} "
+            f"{str(expected)[:12]}, and the K/V weights of this UNet have {stack.hash()[:12]}: load that "
+            "base, without another delta in it"
         )
 
 
