@@ -144,6 +144,7 @@ def test_argument_errors(pipe):
         ({"eta": float("nan")}, "eta must be from 0 .* got nan"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be finite, got inf"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale must be from 0 \(none\) to 1 \(all of it\), got 1.5"),
         ({"size": (30, 31)}, r"size must be .height, width. in multiples of 2, got .30, 31."),
         ({"output": "np"}, "output must be 'pil', 'tensor' or 'latents', got 'np'"),
         ({"scheduler": diffusers.EulerDiscreteScheduler(), "eta": 1.0}, "EulerDiscreteScheduler has none"),
@@ -255,6 +256,14 @@ def test_any_scheduler(pipe, name):
     assert torch.equal(got, again)
     if name != "DDPMScheduler":  # whose noise ours draws after the latents', from the same generator
         assert_close(got, want)
+
+
+def test_guidance_is_rescaled_row_by_row_as_in_diffusers(pipe):
+    options = {"guidance_scale": 9.0, "guidance_rescale": 0.7}
+    got = sample(pipe, ["a dog", "photo of a cat"], seeds=[3, 9], **options, **FAST)
+    assert_close(got, diffusers_latents(pipe, ["a dog", "photo of a cat"], [3, 9], **options))
+    plain = sample(pipe, ["a dog", "photo of a cat"], seeds=[3, 9], guidance_scale=9.0, **FAST)
+    assert got.std() < plain.std()
 
 
 def test_without_guidance_one_row_a_prompt(pipe):

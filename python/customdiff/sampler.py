@@ -41,6 +41,7 @@ def sample(
     negative_prompt: str | None = None,
     steps: int = 50,
     guidance_scale: float = 6.0,
+    guidance_rescale: float = 0.0,
     eta: float = 0.0,
     seeds: int | Sequence[int] = 0,
     size: tuple[int, int] | None = None,
@@ -63,6 +64,8 @@ def sample(
         layout_guidance: how strongly and in which steps layouts guide; default: ``LayoutGuidance()``. The
             unconditional rows are never guided.
         guidance_scale: of classifier-free guidance against ``negative_prompt``; 1 runs without.
+        guidance_rescale: from 0 to 1, how far the guided prediction's spread is brought back to that of the
+            conditional one, which a large scale oversaturates (Lin et al., 2023, section 3.4, who take 0.7).
         negative_prompt: default: "", or for an SDXL that was trained so (``force_zeros_for_empty_prompt``)
             features of zero.
         eta: from 0, which is DDIM, to 1, which adds the noise of DDPM; for schedulers that know it.
@@ -103,6 +106,8 @@ def sample(
         raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM), got {eta}")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale must be from 0 (none) to 1 (all of it), got {guidance_rescale}")
     shape = (pipe.unet.config.in_channels, *latent_size(pipe, size))
     if latents is not None:
         if (latents.ndim, *latents.shape[:2]) != (4, len(prompts), shape[0]):
@@ -140,6 +145,7 @@ def sample(
             guidance_scale,
             eta,
             generators,
+            guidance_rescale=guidance_rescale,
             guide=_guide(pipe, prompts, concepts, layouts, layout_guidance, given, scheduler, shape[1:]),
             on_step=on_step,
             progress=progress,
@@ -160,6 +166,7 @@ def denoise(
     eta: float,
     generators: list[torch.Generator],
     *,
+    guidance_rescale: float = 0.0,
     guide: Guide | None = None,
     on_step: Callable[[int, Tensor], Tensor] | None = None,
     progress: bool = False,
@@ -193,7 +200,11 @@ def denoise(
         if copies == 1:
             return out
         unconditional, conditional = out.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        if guidance_rescale:
+            spread = conditional.flatten(1).std(1) / guided.flatten(1).std(1)  # a row's own
+            guided *= torch.lerp(torch.ones_like(spread), spread, guidance_rescale).view(-1, 1, 1, 1)
+        return guided
 
     x = noise * scheduler.init_noise_sigma
     for i, t in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress)):

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_drawing(parser)
     parser.add_argument("--eta", type=float, default=0.0, help="0: DDIM; 1: the noise of DDPM (default: 0)")
+    parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="PART",
+        help="0 to 1: how much of the oversaturation by a large --guidance is taken back (default: 0)",
+    )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to guide away from")
     add_base(parser)
 
@@ -66,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
             negative_prompt=options.negative_prompt,
             steps=options.steps,
             guidance_scale=guidance_scale(options),
+            guidance_rescale=options.guidance_rescale,
             eta=options.eta,
             seeds=[options.seed + k for _ in wanted for k in range(options.count)],
             progress=not options.quiet,
