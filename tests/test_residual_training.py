@@ -180,6 +180,16 @@ def test_only_a_copy_of_the_text_encoder_moves(config, monkeypatch):
     assert flags_of(pipeline) == flags
 
 
+def test_refining_starts_at_equation_5_with_adams_first_step_and_decays(config):
+    with training_of(dataclasses.replace(config, refine_steps=1, weight_decay=0.5)) as run:
+        for _ in range(3):
+            run.step()
+        mean, rate = run.texts.shift(), 0.05
+        run.step()
+        moved = run.concept().shift - mean * (1 - rate * 0.5)
+        torch.testing.assert_close(moved.abs(), torch.full_like(moved, rate), rtol=1e-2, atol=0)
+
+
 def test_writes_a_residual(config):
     result = trainer.train(config, progress=False)
     found, pipeline = Residual.load(result.output), load(config.base)

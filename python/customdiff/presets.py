@@ -64,7 +64,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     ),
     "cones2-embedded": (
         "Cones 2 for the embedded base, the residual itself refined; caption the pictures (--captioned)",
-        {"method": "cones2", "batch_size": 6, "cooldown": 0.3, "shift": 0.0, "refine_steps": 450},
+        {
+            "method": "cones2",
+            "batch_size": 6,
+            "cooldown": 0.3,
+            "weight_decay": 0.1,
+            "shift": 0.0,
+            "refine_steps": 450,
+        },
         (550, 550),
     ),
     "cones2-code": (

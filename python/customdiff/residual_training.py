@@ -68,7 +68,7 @@ class LearnedEncoder:
     def groups(self) -> list[dict[str, Any]]:
         return [
             {"params": list(self.encoder.parameters()), "of": "weights"},
-            {"params": [self.shift], "of": "rows", "weight_decay": 0.0},
+            {"params": [self.shift], "of": "rows"},
         ]
 
     def parameters(self) -> list[Tensor]:
@@ -220,6 +220,7 @@ class ResidualTraining(Training):
             if self.steps_done == self.refined_from:
                 with torch.no_grad():
                     self.learned.shift.copy_(self.texts.shift())
+                self.optimizer.state.pop(self.learned.shift, None)  # it counted steps that were not its own
             self.texts.refined = self.learned.shift
         return super().step()
 

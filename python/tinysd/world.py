@@ -281,6 +281,10 @@ _CONCEPTS = (
     Concept("olive_cup", Subject("cup", _OLIVE, _PEACH, "spotted", "ribbon"), "tuning"),
     Concept("slate_dog", Subject("dog", _SLATE, _PEACH, "bicolor", "none"), "tuning"),
     Concept("teal_cup", Subject("cup", _TEAL, _LILAC, "bicolor", "none"), "tuning"),
+    Concept("cyan_dog", Subject("dog", _CYAN, _MAROON, "spotted", "ribbon"), "tuning"),
+    Concept("cream_cat", Subject("cat", _CREAM, _NAVY, "bicolor", "hat"), "tuning"),
+    Concept("peach_car", Subject("car", _PEACH, _TEAL, "bicolor", "hat"), "tuning"),
+    Concept("magenta_cup", Subject("cup", _MAGENTA, _CREAM, "striped", "none"), "tuning"),
 )
 
 

@@ -23,7 +23,13 @@ SIX = (("teal_dog", "lilac_cat", "lime_car", "maroon_cup", "slate_dog", "teal_cu
 SUBJECTS = SIX[0]
 WORDS = dict(zip((f"<new{n}>" for n in range(1, 7)), world.RARE_WORDS, strict=False))
 SCALES = ("normal", "small")  # of a subject's pictures, in turn
-RESIDUAL: dict[str, Any] = {"batch_size": 6, "cooldown": 0.3, "shift": 0.0, "embedding_learning_rate": 0.05}
+RESIDUAL: dict[str, Any] = {
+    "batch_size": 6,
+    "cooldown": 0.3,
+    "weight_decay": 0.1,
+    "shift": 0.0,
+    "embedding_learning_rate": 0.05,
+}
 GUIDANCE: dict[str, Any] = {"weight": 0.15, "schedule": "constant"}  # of LayoutGuidance
 
 
