@@ -98,16 +98,7 @@ def sample(
         raise TypeError(f"layout_guidance must be a LayoutGuidance, got {type(layout_guidance).__name__}")
     if not prompts:
         raise ValueError("prompts is empty; give at least one")
-    if output not in ("pil", "tensor", "latents"):
-        raise ValueError(f"output must be 'pil', 'tensor' or 'latents', got {output!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM), got {eta}")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
-    if not 0 <= guidance_rescale <= 1:
-        raise ValueError(f"guidance_rescale must be from 0 (none) to 1 (all of it), got {guidance_rescale}")
+    _check_numbers(output, steps, eta, guidance_scale, guidance_rescale)
     shape = (pipe.unet.config.in_channels, *latent_size(pipe, size))
     if latents is not None:
         if (latents.ndim, *latents.shape[:2]) != (4, len(prompts), shape[0]):
@@ -265,6 +256,21 @@ def _ddim(scheduler: Any) -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False)  # latents are not bounded by 1
+
+
+def _check_numbers(
+    output: str, steps: int, eta: float, guidance_scale: float, guidance_rescale: float
+) -> None:
+    if output not in ("pil", "tensor", "latents"):
+        raise ValueError(f"output must be 'pil', 'tensor' or 'latents', got {output!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM), got {eta}")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale must be from 0 (none) to 1 (all of it), got {guidance_rescale}")
 
 
 def check_pipeline(pipe: Any) -> None:
