@@ -1,6 +1,7 @@
 """``make cones2``: its plan, scenes and detector, its claims on made-up figures, and a few steps of it."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -50,6 +51,12 @@ def test_prompts_fit_with_modifier_tokens_and_name_every_subject(count):
     assert [word for _, _, word in tokenize(tokenizer, [named], [words]).places] == words
 
 
+@functools.cache
+def presence(name):
+    photos = [picture for picture, _ in world.concept_pictures(name, 8, 7)]
+    return Presence(world.concepts()[name].subject, photos)
+
+
 @pytest.mark.parametrize("count", SIZES)
 def test_the_detector_finds_every_subject_of_a_true_picture_in_its_region(count):
     """The ceiling of what is measured; and not in another's region."""
@@ -60,8 +67,7 @@ def test_the_detector_finds_every_subject_of_a_true_picture_in_its_region(count)
     for x0, y0, x1, y1 in boxes:
         assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
     for name, box in list(zip(names, boxes, strict=True))[:4]:
-        photos = [picture for picture, _ in world.concept_pictures(name, 8, 7)]
-        seen = Presence(world.concepts()[name].subject, photos)
+        seen = presence(name)
         assert seen([scenes.cut(picture, box) for picture in pictures]).mean() >= 0.8
         category = world.concepts()[name].subject.category
         for other, noun in zip(boxes, plan.categories("+".join(names)), strict=True):

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     ("file", "chosen", "least"),
     [
-        ("triton_kernels.py", "not slow", 140),
+        ("triton_kernels.py", "not slow", 130),
         pytest.param("triton_kernels.py", "slow", 150, marks=pytest.mark.slow),
         ("triton_low_rank.py", "not slow", 10),
     ],
