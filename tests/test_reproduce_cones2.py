@@ -51,6 +51,15 @@ def test_prompts_fit_with_modifier_tokens_and_name_every_subject(count):
     assert [word for _, _, word in tokenize(tokenizer, [named], [words]).places] == words
 
 
+@pytest.mark.parametrize("names", [names for names in plan.Effort().combinations if len(names) <= 3])
+def test_up_to_three_subjects_are_asked_for_as_the_base_was_taught(names):
+    """Else it draws two of three."""
+    rng, shown = np.random.default_rng(0), tuple(world.concepts()[name].subject for name in names)
+    scene = world.Scene("street", world.place(rng, shown))
+    taught = {world.caption(scene, rng) for _ in range(300)}
+    assert scenes.prompt([subject.category for subject in shown], "street") in taught
+
+
 @functools.cache
 def presence(name):
     photos = [picture for picture, _ in world.concept_pictures(name, 8, 7)]

@@ -231,6 +231,11 @@ def describe(subject: Subject, *, colour: bool, texture: bool, accessory: bool) 
     return "an" + text[1:] if text[2] in "aeiou" else text
 
 
+def listed(parts: Sequence[str]) -> str:
+    """ "a dog a cat and a car": as captions name several; the vocabulary has no comma."""
+    return " and ".join(filter(None, [" ".join(parts[:-1]), parts[-1]]))
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One true caption of the scene, of at most 22 words; subjects are named from left to right."""
     subjects = [p.subject for p in scene.placed]
@@ -250,7 +255,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
                     accessory=not bare and not short and rng.random() < 0.7,
                 )
             )
-        text = " and ".join([" ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+        text = listed(parts)
     prefix = str(rng.choice(PREFIXES[scene.scale]))
     suffix = f" {PLACES[scene.background]}" if rng.random() < 0.8 else ""
     return prefix + text + suffix

@@ -40,9 +40,8 @@ methods without a layout are measured by the same regions, which stand in the or
 places two subjects by itself. *all seen anywhere*: the same on whole pictures. *leakage*: share of the pixels
 of the right category in each region whose colour is more common in true pictures of another of the subjects;
 true pictures have some too, at edges and where subjects share a colour. *seconds*: of training on one core.
-From three subjects on prompts begin with "very small photo of": without, the base draws two of them, whatever
-guides it. Four subjects stand in two rows of two, six in two rows of three without a place in the prompt; the
-base was trained on three in a row at most, and rarely."""
+Prompts are in the words of the base's captions ("a dog a cat and a car"). Four subjects stand in two rows of two,
+six in two rows of three without a place in the prompt; the base was trained on three in a row at most, rarely."""
 
 
 def write(jobs: Sequence[Job], out: Path, folder: Path, effort: Effort, command: str) -> None:

@@ -12,7 +12,7 @@ from tinysd import world
 
 from ...layouts import Box
 
-SMALL = 3  # so many subjects are small: without a word of it the base draws two of them
+SMALL = 4  # so many subjects are small: without a word of it the base draws fewer of them
 BARE = 6  # and so many leave no room for articles and a place in the 24 tokens of a prompt
 
 
@@ -21,7 +21,7 @@ def prompt(nouns: Sequence[str], place: str) -> str:
     if len(nouns) >= BARE:
         return f"{world.PREFIXES['small'][1]}{' and '.join(nouns)}"
     prefix = world.PREFIXES["small" if len(nouns) >= SMALL else "normal"][-1]
-    return f"{prefix}{' and '.join(f'a {noun}' for noun in nouns)} {world.PLACES[place]}"
+    return f"{prefix}{world.listed([f'a {noun}' for noun in nouns])} {world.PLACES[place]}"
 
 
 def subject_names(nouns: Sequence[str]) -> list[str]:
