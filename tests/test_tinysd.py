@@ -25,6 +25,13 @@ def scenes(n: int, seed: int = 123) -> list[tuple[world.Scene, str]]:
     return [world.sample(rng) for _ in range(n)]
 
 
+def crowded(n: int) -> list[tuple[world.Scene, str]]:
+    """Scenes of three subjects."""
+    rng = np.random.default_rng(5)
+    made = [world.random_scene(rng, (0, 0, 1)) for _ in range(n)]
+    return [(scene, world.caption(scene, rng)) for scene in made]
+
+
 @pytest.fixture(scope="module")
 def pipe():
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tinysd.path())
@@ -61,7 +68,7 @@ def test_label_map_covers_every_subject():
 
 def test_captions_say_only_what_is_true():
     known = set(world.words())
-    for scene, caption in scenes(600):
+    for scene, caption in [*scenes(600), *crowded(300)]:
         words = caption.split()
         subjects = [p.subject for p in scene.placed]
         assert len(words) <= 22 and set(words) <= known
@@ -76,6 +83,15 @@ def test_captions_say_only_what_is_true():
         assert [w for w in words if w in world.BACKGROUNDS] in ([], [scene.background])
         if scene.scale == "normal":
             assert not {"small", "far", "zoomed", "close"} & set(words)
+
+
+def test_three_subjects_are_told_one_by_one():
+    made = crowded(300)
+    assert all(len(scene.placed) == 3 for scene, _ in made)
+    captions = [caption for _, caption in made]
+    assert any(" three " in f" {caption}" for caption in captions)
+    for feature in (*world.TEXTURES, "with a hat", "with a ribbon"):
+        assert sum(feature in caption for caption in captions) >= 3, feature
 
 
 def test_concepts_cannot_be_named():
@@ -265,3 +281,26 @@ def test_presence_needs_pictures_of_the_subject():
     dogs = [picture for picture, _ in world.concept_pictures("teal_dog", 2)]
     with pytest.raises(ValueError, match="true_pictures: the detector finds no cat in any of them"):
         Presence(world.concepts()["lilac_cat"].subject, dogs)
+
+
+def test_what_ships_can_be_trained_further(pipe, monkeypatch, tmp_path):
+    """Adopted, it is the last checkpoint, and the next steps begin from it."""
+    from tinysd import common, data, unet
+
+    for module in (data, common):
+        monkeypatch.setattr(module, "CACHE", tmp_path)
+    monkeypatch.setattr(common, "LOG", tmp_path / "training_log.jsonl")
+    monkeypatch.setattr(data, "CHUNK", 4)
+    unet.adopt()
+    shipped = {**pipe.unet.state_dict(prefix="unet."), **pipe.text_encoder.state_dict(prefix="text.")}
+    adopted = common.load("unet.pt")
+    assert all(torch.equal(adopted["model"][name], tensor) for name, tensor in shipped.items())
+    unet.encode(range(data.CROWDED.start, data.CROWDED.start + 1))
+    monkeypatch.setattr(common.Schedule, "progress", property(lambda self: next(clock)))
+    clock = iter([0.0, 0.5, 1.0])
+    unet.train("00:00", batch=2, rate=1e-4)
+    trained = common.load("unet.pt")
+    assert trained["step"] == adopted["step"] + 2 and trained["samples"] == adopted["samples"] + 4
+    moved = [(trained["model"][name] - tensor).abs().max() for name, tensor in shipped.items()]
+    assert 0 < max(moved) < 1e-3, "a warm start, from the weights that ship"
+    assert unet.pipeline().vae.config.scaling_factor == pipe.vae.config.scaling_factor

@@ -12,6 +12,8 @@ from . import world
 
 CHUNK = 2000
 CAPTIONS = 4  # captions drawn for every picture
+# Chunks from here on, which the denoiser learned from last, have more scenes of three subjects.
+CROWDED, CROWDED_SHARES = range(24, 1000), (0.36, 0.20, 0.44)
 CACHE = Path(os.environ.get("TINYSD_CACHE", "~/.cache/tinysd")).expanduser()
 
 
@@ -22,12 +24,13 @@ def render_chunk(index: int) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((2024, index))
+    shares = CROWDED_SHARES if index in CROWDED else world.SHARES
     images = np.empty((CHUNK, world.SIZE, world.SIZE, 3), np.uint8)
     labels = np.empty((CHUNK, world.SIZE, world.SIZE), np.uint8)
     backgrounds = np.empty(CHUNK, np.uint8)
     captions = []
     for k in range(CHUNK):
-        scene = world.random_scene(rng)
+        scene = world.random_scene(rng, shares)
         images[k], subjects = world.render(scene)
         labels[k] = world.category_map(scene, subjects)
         backgrounds[k] = world.BACKGROUNDS.index(scene.background)

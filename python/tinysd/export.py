@@ -82,7 +82,7 @@ def _score(found: detector.Detector, images: list, scenes: list[world.Scene]) ->
 
 
 def _prompted(count: int, n: int, seed: int) -> tuple[list[str], list[world.Scene]]:
-    """Prompts that name colour, category and place of one or two subjects, and a scene for each."""
+    """Prompts that name colour, category and place of one to three subjects, and a scene for each."""
     rng = np.random.default_rng(seed)
     prompts, scenes = [], []
     for _ in range(n):
@@ -93,8 +93,8 @@ def _prompted(count: int, n: int, seed: int) -> tuple[list[str], list[world.Scen
         )
         place = str(rng.choice(world.BACKGROUNDS))
         scenes.append(world.Scene(place, world.place(rng, subjects)))
-        text = " and ".join(world.describe(s, colour=True, texture=False, accessory=False) for s in subjects)
-        prompts.append(f"photo of {text} {world.PLACES[place]}")
+        named = [world.describe(s, colour=True, texture=False, accessory=False) for s in subjects]
+        prompts.append(f"photo of {world.listed(named)} {world.PLACES[place]}")
     return prompts, scenes
 
 
@@ -113,7 +113,13 @@ def metrics() -> None:
         "clip_retrieval_of_50": clip.retrieval(pair, held[0][:500], held[1][:500], ids),
         "detector_on_held_out_renderings": detector_training.accuracy(found, 500),
     }
-    for name, count, n, seed in (("one_subject", 1, SAMPLES, 11), ("two_subjects", 2, SAMPLES // 2, 12)):
+    gates = (
+        ("one_subject", 1, SAMPLES),
+        ("two_subjects", 2, SAMPLES // 2),
+        ("three_subjects", 3, SAMPLES // 2),
+    )
+    for name, count, n in gates:
+        seed = 10 + count
         prompts, scenes = _prompted(count, n, seed)
         images = unet.sample(pipe, prompts, seed=1000 * count)
         order = np.random.default_rng(seed).permutation(n)

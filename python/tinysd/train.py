@@ -4,6 +4,7 @@
     python -m tinysd.train vae       autoencoder
     python -m tinysd.train clip      contrastive text and vision towers
     python -m tinysd.train encode    latents; may run beside the next stage
+    python -m tinysd.train adopt     the weights that ship as the last checkpoint, to go on from
     python -m tinysd.train unet      denoiser and its text encoder
     python -m tinysd.train detector  segmentation detector for the metrics
     python -m tinysd.train export    the folders that ship
@@ -20,7 +21,7 @@ import argparse
 
 from . import data
 
-STAGES = ("render", "vae", "clip", "encode", "unet", "detector", "export", "metrics", "sheet")
+STAGES = ("render", "vae", "clip", "encode", "adopt", "unet", "detector", "export", "metrics", "sheet")
 
 
 def main() -> None:
@@ -33,6 +34,8 @@ def main() -> None:
     parser.add_argument(
         "--chunks", type=int, default=20, help=f"chunks of {data.CHUNK} pictures (default 20)"
     )
+    parser.add_argument("--first-chunk", type=int, default=0, help="of those that encode does (default 0)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of the denoiser (default 1e-3)")
     parser.add_argument(
         "--finish-at", default="23:59", metavar="HH:MM", help="when training ends, UTC (default 23:59)"
     )
@@ -50,11 +53,15 @@ def main() -> None:
     elif args.stage == "encode":
         from . import unet
 
-        unet.encode(args.chunks)
+        unet.encode(range(args.first_chunk, args.chunks))
+    elif args.stage == "adopt":
+        from . import unet
+
+        unet.adopt()
     elif args.stage == "unet":
         from . import unet
 
-        unet.train(args.finish_at)
+        unet.train(args.finish_at, rate=args.rate)
     elif args.stage == "detector":
         from . import detector_training
 

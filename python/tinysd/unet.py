@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -15,8 +17,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from transformers import CLIPTextModel
 
+import tinysd
+
 from . import clip, common, data, tokenizer, vae
 
+HERE = Path(__file__).resolve().parent
 GAMMA = 5.0
 PROMPTS = (
     "photo of a red dog on the beach",
@@ -102,10 +107,10 @@ def encode_chunk(model, index: int) -> Path:  # noqa: ANN001 - AutoencoderKL
     return path
 
 
-def encode(chunks: int) -> None:
+def encode(chunks: range) -> None:
     """Render and encode what is missing."""
     model = vae.trained()
-    for index in range(chunks):
+    for index in chunks:
         path = encode_chunk(model, index)
         print(time.strftime("%H:%M:%S"), "encoded", path.name, flush=True)
 
@@ -116,17 +121,18 @@ class Latents:
     def __init__(self, ids) -> None:  # noqa: ANN001 - CLIPTokenizer
         self.ids = ids
         self.scale = common.load("scale.pt")["scale"]
+        self.read: list[Path] = []
         self.latents: list[torch.Tensor] = []
         self.tokens: list[torch.Tensor] = []
 
-    def refresh(self) -> int:
-        while (path := data.CACHE / "latents" / f"{len(self.latents):04d}.npy").exists():
-            index = len(self.latents)
-            (captions,) = data.load(range(index, index + 1), "captions")
-            flat = [c for row in captions.tolist() for c in row]
-            self.tokens.append(tokenizer.encode(self.ids, flat).view(*captions.shape, -1))
-            self.latents.append(torch.from_numpy(np.load(path)))
-        return len(self.latents) * data.CHUNK
+    def refresh(self) -> None:
+        for path in sorted((data.CACHE / "latents").glob("[0-9][0-9][0-9][0-9].npy")):
+            if path not in self.read:
+                self.read.append(path)
+                (captions,) = data.load(range(int(path.stem), int(path.stem) + 1), "captions")
+                flat = [c for row in captions.tolist() for c in row]
+                self.tokens.append(tokenizer.encode(self.ids, flat).view(*captions.shape, -1))
+                self.latents.append(torch.from_numpy(np.load(path)))
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         chunk = torch.randint(len(self.latents), (size,)).tolist()
@@ -163,15 +169,17 @@ def train(finish_at: str, batch: int = 64, rate: float = 1e-3) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     ema = copy.deepcopy(parts).requires_grad_(False)
-    step = seen = 0
+    step = seen = begun = 0
     if (state := common.load("unet.pt")) is not None:
-        if grown := _load(parts, state["model"]) | _load(ema, state["ema"]):
-            print(f"new in this checkpoint, without effect at first: {len(grown)} parameters", flush=True)
-        else:
+        parts.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        if "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
             for group in optimizer.param_groups:
                 group["fused"] = True
-        step, seen = state["step"], state.get("samples", 48 * state["step"])
+        else:
+            begun = state["step"]
+        step, seen = state["step"], state["samples"]
     store = Latents(ids)
     store.refresh()
     alphas = scheduler().alphas_cumprod
@@ -192,7 +200,7 @@ def train(finish_at: str, batch: int = 64, rate: float = 1e-3) -> None:
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
         snr = alphas[steps] / (1 - alphas[steps])
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, float(progress)) * group["scale"]
+            group["lr"] = schedule(step - begun, float(progress)) * group["scale"]
         with torch.autocast("cpu", torch.bfloat16):
             out = unet(noisy, steps, encoder_hidden_states=text(tokens).last_hidden_state).sample
         error = (out.float() - velocity).pow(2).mean((1, 2, 3))
@@ -211,7 +219,7 @@ def train(finish_at: str, batch: int = 64, rate: float = 1e-3) -> None:
         if step % 100 == 0:
             if rank == 0:
                 speed = 100 * batch / (time.time() - since)
-                now = schedule(step, float(progress))
+                now = schedule(step - begun, float(progress))
                 common.log(
                     "unet",
                     step=step,
@@ -238,18 +246,6 @@ def _average(tensors: list[torch.Tensor], ranks: int) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def _load(parts: torch.nn.Module, saved: dict[str, torch.Tensor]) -> set[str]:
-    """Load a checkpoint; names of the attention blocks that it is older than, which add nothing at first."""
-    missing, unexpected = parts.load_state_dict(saved, strict=False)
-    if unexpected or any(".attentions." not in name for name in missing):
-        raise ValueError(f"the checkpoint is of another network: {[*unexpected, *missing][:3]}, ...")
-    with torch.no_grad():
-        for name in missing:
-            if ".proj_out." in name:
-                parts.get_parameter(name).zero_()
-    return set(missing)
-
-
 def _save(
     parts: torch.nn.Module, ema: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, samples: int
 ) -> None:
@@ -263,6 +259,18 @@ def _save(
         },
         "unet.pt",
     )
+
+
+def adopt() -> None:
+    """Make the weights that ship the last checkpoint, to train them further; their optimizer is not kept."""
+    shipped = StableDiffusionPipeline.from_pretrained(tinysd.path())
+    parts = torch.nn.ModuleDict({"unet": shipped.unet, "text": shipped.text_encoder}).state_dict()
+    log = map(json.loads, (HERE / "training_log.jsonl").read_text().splitlines())
+    last = [entry for entry in log if entry["stage"] == "unet"][-1]
+    common.save({"model": parts, "ema": parts, "step": last["step"], "samples": last["samples"]}, "unet.pt")
+    common.save({"model": shipped.vae.state_dict(), "step": 0}, "vae.pt")
+    common.save({"scale": shipped.vae.config.scaling_factor}, "scale.pt")
+    shutil.copy(HERE / "training_log.jsonl", common.LOG)
 
 
 # --- sampling and export ------------------------------------------------------------------------------------

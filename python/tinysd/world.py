@@ -46,6 +46,7 @@ PREFIXES = {
     "large": ("zoomed in photo of ", "close up photo of "),
 }
 COUNTS = {2: "two", 3: "three"}
+SHARES = (0.70, 0.28, 0.02)  # of scenes with one, two and three subjects
 RARE_WORDS = ("ktn", "pll", "ucd", "sks", "olis", "mth", "zwx", "phol", "vqj", "xjy", "bnk", "rwt")
 
 
@@ -200,9 +201,9 @@ def place(
     return tuple(placed)
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """70% one subject (a sixth of them far away or close up), 28% pairs, 2% three."""
-    count = int(rng.choice((1, 2, 3), p=(0.70, 0.28, 0.02)))
+def random_scene(rng: np.random.Generator, shares: tuple[float, float, float] = SHARES) -> Scene:
+    """One subject (a sixth of them far away or close up), two or three; ``shares`` says how often."""
+    count = int(rng.choice((1, 2, 3), p=shares))
     scale = str(rng.choice(("normal", "small", "large"), p=(0.84, 0.08, 0.08))) if count == 1 else "normal"
     if count > 1 and rng.random() < 0.25:
         category = str(rng.choice(CATEGORIES))
@@ -245,8 +246,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         text = f"{COUNTS[len(subjects)]} {subjects[0].category}s"
     else:
         parts = []
-        for s in subjects:
-            short = len(subjects) == 3
+        in_full = int(rng.integers(3)) if len(subjects) == 3 else None  # all three would be too many words
+        for k, s in enumerate(subjects):
+            short = in_full not in (None, k)
             parts.append(
                 describe(
                     s,
