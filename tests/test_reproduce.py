@@ -51,6 +51,21 @@ def test_the_key_follows_the_settings_and_those_of_what_is_needed():
     assert job.key != Job("b", "train", {"steps": 1}, (Job("a", "pictures", {"seed": 1}),)).key
 
 
+def test_the_key_follows_the_base(monkeypatch, tmp_path):
+    import tinysd
+
+    def key(weights):
+        (tmp_path / "unet.safetensors").write_bytes(weights)
+        monkeypatch.setattr(tinysd, "path", lambda: str(tmp_path))
+        plan.base_digest.cache_clear()
+        return Job("a", "pictures", {}).key
+
+    try:
+        assert key(b"now") != key(b"then")
+    finally:
+        plan.base_digest.cache_clear()
+
+
 def test_a_pattern_selects_jobs_and_what_they_need():
     jobs = plan.jobs(plan.QUICK)
     names = [job.name for job in plan.selected(jobs, "compress-rank-1-teal_dog-*")]

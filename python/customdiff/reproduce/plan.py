@@ -11,8 +11,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import tinysd
 from tinysd import world
 
 from .scenes import ALONE, TOGETHER
@@ -124,6 +127,15 @@ VALIDATED = (*UNRELATED, "resized", "no-regularization", "generated")
 TIMED = ("ours", "fine-tune-all", "dreambooth", "textual-inversion")
 
 
+@cache
+def base_digest() -> str:
+    """Of the embedded base's weights: what an earlier one gave is no result of it."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(tinysd.path()).rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Job:
     """A piece of work with a result file of its own; `needs` are jobs whose files it reads."""
@@ -142,7 +154,7 @@ class Job:
     @property
     def key(self) -> str:
         """What the result depends on; a result of another key is none."""
-        content = [self.kind, dict(self.settings), [job.key for job in self.needs]]
+        content = [base_digest(), self.kind, dict(self.settings), [job.key for job in self.needs]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from . import sheets, tables
 from .claims import BAR, evaluate
 from .figures import Figures
 from .files import result_of
-from .plan import Effort, Job
+from .plan import Effort, Job, base_digest
 
 NAME = "custom-diffusion"
 MARKS = {True: "yes", False: "**no**", None: "not measured"}
@@ -71,9 +71,10 @@ def _introduction(about: dict[str, Any]) -> str:
     return (
         f"`{about['command']}` wrote this page on {about['date']}: {about['machine']}, {about['versions']}. "
         f"Its jobs took {about['minutes']:.0f} minutes, added up. {size}; {effort['steps']} steps of ours, "
-        f"{effort['pictures']} pictures of a concept, {effort['denoising']} DDIM steps. The base is a small "
-        "model of a procedural world (python/tinysd): the directions of the paper's claims can be compared, "
-        "not its figures. Learning rates were chosen on other concepts and prompts."
+        f"{effort['pictures']} pictures of a concept, {effort['denoising']} DDIM steps. The base "
+        f"({about['base'][:8]}) is a small model of a procedural world (python/tinysd): the directions of "
+        "the paper's claims can be compared, not its figures. Learning rates were chosen on other concepts "
+        "and prompts."
     )
 
 
@@ -109,6 +110,7 @@ def about(jobs: Sequence[Job], out: Path, effort: Any, command: str) -> dict[str
         "date": time.strftime("%Y-%m-%d"),
         "machine": torch.cuda.get_device_name() if gpu else f"{_processor()}, {os.cpu_count()} cores",
         "versions": ", ".join([f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]),
+        "base": base_digest(),
         "minutes": sum(result["job_seconds"] for result in results) / 60,
         "effort": asdict(effort),
     }

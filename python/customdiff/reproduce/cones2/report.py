@@ -40,8 +40,8 @@ methods without a layout are measured by the same regions, which stand in the or
 places two subjects by itself. *all seen anywhere*: the same on whole pictures. *leakage*: share of the pixels
 of the right category in each region whose colour is more common in true pictures of another of the subjects;
 true pictures have some too, at edges and where subjects share a colour. *seconds*: of training on one core.
-Prompts are in the words of the base's captions ("a dog a cat and a car"). Four subjects stand in two rows of two,
-six in two rows of three without a place in the prompt; the base was trained on three in a row at most, rarely."""
+Prompts are in the words of the base's captions ("a dog a cat and a car"). Four subjects stand in two rows
+of two, six in two rows of three without a place in the prompt; the base was trained on three at most."""
 
 
 def write(jobs: Sequence[Job], out: Path, folder: Path, effort: Effort, command: str) -> None:
@@ -92,9 +92,9 @@ def _introduction(told: dict[str, Any]) -> str:
         f"{effort['residual_steps']} steps from {effort['pictures']} captioned pictures, Custom Diffusion "
         f"from the same in {effort['steps']} steps a subject with regularization. All is drawn in "
         f"{effort['denoising']} DDIM steps, at guidance scale {effort['guidance_scale']:g}; Custom Diffusion "
-        f"at {GUIDANCE_SCALE:g}, as in its own report. The base is a small model of a procedural world "
-        "(python/tinysd): the directions of the paper's claims can be compared, not its figures. What was "
-        "chosen (rates, steps, weights, prompts) was chosen on other subjects."
+        f"at {GUIDANCE_SCALE:g}, as in its own report. The base ({told['base'][:8]}) is a small model of a "
+        "procedural world (python/tinysd): the directions of the paper's claims can be compared, not its "
+        "figures. What was chosen (rates, steps, weights, prompts) was chosen on other subjects."
     )
 
 
