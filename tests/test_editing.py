@@ -250,8 +250,8 @@ def test_bad_input(pipe):
 
 
 def test_injection_keeps_the_background(base):
-    """dog -> car, the place unnamed: where no subject is, the edit differs less from the source than the
-    sample of the same seed does.
+    """dog -> car, the place unnamed: where no subject is, the edit differs half as much from the source as the
+    sample of the same seed does, or less.
     """
     prompts, seeds = ["photo of a dog", "photo of a car"], [3, 4, 5]
     options = {"steps": 8, "guidance_scale": 3.0, "progress": False}
@@ -267,7 +267,7 @@ def test_injection_keeps_the_background(base):
         a, b = (np.stack([np.asarray(p) / 255.0 for p in pictures[k::2]]) for k in (0, 1))
         free = (detector.categories(pictures[::2]) == 0) & (detector.categories(pictures[1::2]) == 0)
         difference[name] = np.abs(a - b)[free].mean()
-    assert difference["edited"] < difference["sampled"] / 3, difference
+    assert difference["edited"] < difference["sampled"] / 2, difference
 
 
 def test_a_negative_weight_drives_the_word_out(base):
