@@ -250,8 +250,8 @@ def test_bad_input(pipe):
 
 
 def test_injection_keeps_the_background(base):
-    """dog -> car, the place unnamed: where no subject is, the edit differs half as much from the source as the
-    sample of the same seed does, or less.
+    """dog -> car, the place unnamed: where no subject is, the edit differs from the source half as much as
+    the sample of the same seed does, at most.
     """
     prompts, seeds = ["photo of a dog", "photo of a car"], [3, 4, 5]
     options = {"steps": 8, "guidance_scale": 3.0, "progress": False}
