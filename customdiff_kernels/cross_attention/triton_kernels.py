@@ -129,9 +129,13 @@ def _row_sum(tiles):
 
 @triton.jit
 def _exp(tiles, shift):
+    """exp(tiles - shift), at most 1: scores that are computed again may round to more than the maximum, huge
+    ones to much more. NaN stays.
+    """
     out = ()
     for j in tl.static_range(len(tiles)):
-        out = out + (tl.exp(tiles[j] - shift[:, None]),)
+        below = tiles[j] - shift[:, None]
+        out = out + (tl.exp(tl.where(below > 0, 0.0, below)),)
     return out
 
 
