@@ -40,8 +40,9 @@ methods without a layout are measured by the same regions, which stand in the or
 places two subjects by itself. *all seen anywhere*: the same on whole pictures. *leakage*: share of the pixels
 of the right category in each region whose colour is more common in true pictures of another of the subjects;
 true pictures have some too, at edges and where subjects share a colour. *seconds*: of training on one core.
-Prompts are in the words of the base's captions ("a dog a cat and a car"). Four subjects stand in two rows
-of two, six in two rows of three without a place in the prompt; the base was trained on three at most."""
+Up to three subjects are asked for in the words of the base's captions ("a dog a cat and a car"); from four on
+prompts begin with "very small photo of". Four stand in two rows of two, six in two rows of three without a
+place in the prompt; the base was trained on three at most."""
 
 
 def write(jobs: Sequence[Job], out: Path, folder: Path, effort: Effort, command: str) -> None:
