@@ -129,13 +129,18 @@ def _row_sum(tiles):
 
 @triton.jit
 def _exp(tiles, shift):
-    """exp(tiles - shift), at most 1: scores that are computed again may round to more than the maximum, huge
-    ones to much more. NaN stays.
-    """
     out = ()
     for j in tl.static_range(len(tiles)):
-        below = tiles[j] - shift[:, None]
-        out = out + (tl.exp(tl.where(below > 0, 0.0, below)),)
+        out = out + (tl.exp(tiles[j] - shift[:, None]),)
+    return out
+
+
+@triton.jit
+def _at_most(tiles, top):
+    """Scores that are computed again may round above the maximum, and huge ones far above. NaN stays."""
+    out = ()
+    for j in tl.static_range(len(tiles)):
+        out = out + (tl.where(tiles[j] > top[:, None], top[:, None], tiles[j]),)
     return out
 
 
@@ -291,7 +296,7 @@ def _score_gradients(q, g, k, v, rows, n_queries, first, n_keys, scale,
         top = tl.load(stats_ptr + rows, mask=rows < n_queries, other=0.0)
         norm = tl.load(stats_ptr + stats_stride + rows, mask=rows < n_queries, other=0.0)
         delta = tl.load(stats_ptr + 2 * stats_stride + rows, mask=rows < n_queries, other=0.0)
-        p = _scaled(_exp(s, top), norm[:, None])
+        p = _scaled(_exp(_at_most(s, top), top), norm[:, None])
     ds = ()
     for j in tl.static_range(len(KEYS)):
         ds = ds + (p[j] * (dp[j] - delta[:, None]),)
