@@ -36,6 +36,21 @@ def test_resized_copies_tell_their_size():
     assert 0.5 < smaller / len(words) < 0.85
 
 
+def test_two_pictures_side_by_side():
+    """Both halves show the middle of their own picture, at 0.7 of its size, at the bottom."""
+    columns = torch.linspace(-0.5, 0.5, 48).expand(2, 3, 48, 48)
+    pictures = augment.side_by_side(columns, (columns + 0.1).flip(-1))
+    assert pictures.shape == (2, 3, 48, 48)
+    for half, slope, lift in ((pictures[..., :24], 1, 0.0), (pictures[..., 24:], -1, 0.1)):
+        assert torch.allclose(half.mean(), torch.tensor(lift), atol=0.01), "the middle is in the middle"
+        steps = half.diff(dim=-1)
+        assert torch.allclose(steps, torch.tensor(slope / 47 / 0.7), atol=2e-3), "smaller, not squeezed"
+    rows, height = columns.mT, round(0.7 * 48)
+    picture = augment.side_by_side(rows, rows)[0]
+    assert (picture[:, :-height] == picture[:, -height : 1 - height]).all(), "its upper edge, repeated"
+    assert torch.allclose(picture[:, -1], torch.tensor(0.5), atol=0.01), "all of its height"
+
+
 def test_half_of_the_copies_are_mirrored_with_their_masks():
     pixels, masks = torch.rand(40, 3, 8, 8), (torch.rand(40, 1, 8, 8) < 0.5).float()
     mirrored, valid = augment.flipped(pixels, masks, torch.Generator().manual_seed(0))

@@ -169,6 +169,7 @@ def test_files_that_are_not_there_are_named(tmp_path):
         ({"shift": 0.7}, "shift"),
         ({"resize": 1.5}, "resize must be a share, 0 to 1, got 1.5"),
         ({"resize_from": 0.0}, "resize_from"),
+        ({"cutmix": 0.5}, "cutmix shows two concepts side by side; give several concepts"),
         ({"cooldown": 1.5}, "cooldown"),
     ],
 )
@@ -181,6 +182,11 @@ def test_concepts_share_no_modifier_token():
     concept = ConceptConfig(images="x", category="dog")
     with pytest.raises(ValueError, match="modifier tokens of their own, got <new1>, <new1>"):
         TrainConfig(concepts=(concept, concept))
+    styles = tuple(
+        ConceptConfig(images="x", category="ink", modifier_token=f"<{k}>", style=True) for k in range(2)
+    )
+    with pytest.raises(ValueError, match="cutmix names both concepts: give each a category"):
+        TrainConfig(concepts=styles, cutmix=0.5)
     with pytest.raises(ValueError, match="concepts is given, and regularization too; put all into concepts"):
         TrainConfig(concepts=(concept,), regularization="generated")
 

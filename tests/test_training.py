@@ -217,6 +217,31 @@ def test_a_style_has_no_size_words(config):  # noqa: F811
         assert {prompt for _ in range(6) for prompt in run.draw().prompts} == {"a <new1> dog"}
 
 
+def test_cutmix_shows_every_concept_beside_every_other(config):  # noqa: F811
+    three = dataclasses.replace(several(config, 3), cutmix=0.5, batch_size=24, regularization=None)
+    with training_of(three) as run:
+        views = run.views
+        for concept, numbers in enumerate(views.beside):
+            assert {views.other[i] for i in numbers} == {0, 1, 2} - {concept}
+            assert len(numbers) == three.copies * len(set(views.picture[i] for i in numbers))
+        assert not any(views.other[i] is not None for numbers in views.whole for i in numbers)
+        prompts, both = [], 0
+        for _ in range(8):
+            batch = run.draw()
+            both += sum(views.other[i] is not None for i in batch.views)
+            for view, prompt in zip(batch.views.tolist(), batch.prompts, strict=True):
+                own = next(k for k in range(3) if view in views.whole[k] or view in views.beside[k])
+                words = [f"<new{own + 1}>"]
+                if views.other[view] is not None:
+                    words.append(f"<new{views.other[view] + 1}>")
+                assert [word for word in prompt.split() if word.startswith("<new")] == words, "left to right"
+            prompts += batch.prompts
+            run.steps_done += 1
+        assert 0.35 < both / len(prompts) < 0.65
+        assert "photo of a <new1> dog and a <new2> dog" in prompts
+        run.step()
+
+
 def test_resize_off_keeps_no_masks(config):  # noqa: F811
     with training_of(config) as run:
         assert run.views.masks is None and not run.views.resized

@@ -1,4 +1,6 @@
-"""A few pictures made into many: moved, mirrored, and at other sizes (Custom Diffusion, appendix D)."""
+"""A few pictures made into many: moved, mirrored, at other sizes (Custom Diffusion, appendix D), and two
+side by side.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 LARGER = (1.2, 1.4)  # of the side, for one resized picture in three; the others are made smaller
 SMALL = 0.6  # and below it the words say so
+BESIDE = 0.7  # of the side, for each of two pictures that share one
 SMALL_WORDS, LARGE_WORDS = ("far away", "very small"), ("zoomed in", "close up")
 
 
@@ -62,6 +65,20 @@ def resized(pixels: Tensor, copies: int, smallest: float, generator: torch.Gener
         choice = SMALL_WORDS if scale < SMALL else LARGE_WORDS if scale > 1 else ("",)
         words.append(choice[int(draw[4] * len(choice))])
     return Resized(torch.cat(pictures), torch.cat(masks), words)
+
+
+def side_by_side(left: Tensor, right: Tensor) -> Tensor:
+    """Each of `left` and `right` (n,3,H,H) made smaller, its middle cut to half the width, at the bottom, its
+    upper edge repeated above.
+    """
+    side = left.shape[-1]
+    new, half = round(BESIDE * side), side // 2
+    parts = []
+    for pixels, width in ((left, half), (right, side - half)):
+        scaled = F.interpolate(pixels, (new, new), mode="bicubic", antialias=True).clamp(-1, 1)
+        start = (new - width) // 2
+        parts.append(F.pad(scaled[..., start : start + width], (0, 0, side - new, 0), mode="replicate"))
+    return torch.cat(parts, -1)
 
 
 def flipped(pixels: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

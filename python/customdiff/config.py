@@ -22,7 +22,7 @@ GENERATED = "generated"  # of regularization
 TEMPLATES = "templates"  # of captions
 # fields that mean nothing to the other method, and are refused there
 OF_CUSTOM_DIFFUSION = (
-    "concepts style initializer_token regularization regularization_prompt start_from weights "
+    "concepts style cutmix initializer_token regularization regularization_prompt start_from weights "
     "train_modifier_token prior_weight caption_dropout generated_count generated_steps rare_captions"
 ).split()
 OF_CONES2 = "captions caption_count caption_batch preservation preservation_weight refine_steps".split()
@@ -113,6 +113,11 @@ class ConceptConfig:
         resolved = {"modifier_token": word, "prompts": prompts, "regularization_prompt": about}
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def name(self) -> str:
+        """ "<new1> dog", or what of it there is."""
+        return " ".join(filter(None, (self.modifier_token, self.category)))
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,11 @@ class TrainConfig(ConceptConfig):
     size_words: Literal["after", "before"] = option(
         "after", help='where the words of size stand: after the prompt, or before one that begins "photo of"'
     )
+    cutmix: float = option(
+        0.0,
+        help="of several concepts, the share of pictures that show two side by side, with a prompt of both: "
+        "so both are learned for one picture (after SVDiff's Cut-Mix)",
+    )
     resolution: int | None = option(None, help="side of the training pictures (default: the base's own)")
     rare_captions: str | None = option(
         None, help=f'captions (.txt, .csv, .jsonl) in which "{RARE}" counts words (default: known rare words)'
@@ -306,9 +316,13 @@ class TrainConfig(ConceptConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("cooldown", "caption_dropout", "resize"):
+        for name in ("cooldown", "caption_dropout", "resize", "cutmix"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share, 0 to 1, got {getattr(self, name)}")
+        if self.cutmix and len(self.subjects) < 2:
+            raise ValueError("cutmix shows two concepts side by side; give several concepts, or leave it out")
+        if self.cutmix and not all(subject.name and not subject.style for subject in self.subjects):
+            raise ValueError("cutmix names both concepts: give each a category, and leave styles out")
         if self.shift > 0.5:
             raise ValueError(f"shift must be at most 0.5 of the picture's side, got {self.shift}")
         if not 0 < self.resize_from <= 1:

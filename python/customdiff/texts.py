@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -62,6 +63,11 @@ class Texts:
         first = words and place == "before" and not self.config.subjects[concept].captioned
         return augment.sized(prompts[0 if first else number], words, place)
 
+    def of_two(self, left: int, right: int) -> str:
+        """The prompt of a view that shows two concepts side by side."""
+        names = [self.config.subjects[i].name for i in (left, right)]
+        return f"photo of a {names[0]} and a {names[1]}"
+
     def of_prompts(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of concepts' prompts; each that differs runs through the text encoder once."""
         if self._fixed is not None:
@@ -83,6 +89,8 @@ class Texts:
             for j in range(len(self.of_concepts[i]))
             for words in (sizes[:1] if subject.style else sizes)
         ]
+        if self.config.cutmix:
+            prompts += [self.of_two(*pair) for pair in permutations(range(len(self.of_concepts)), 2)]
         return list(dict.fromkeys(prompts))
 
     @torch.no_grad()

@@ -174,14 +174,8 @@ class Training:
         concepts = turns % len(config.subjects)
         views = self.views.draw(concepts, generator)
         texts = choose([range(len(prompts)) for prompts in self.texts.of_concepts], concepts, generator)
-        prompts = [
-            self.texts.prompt(
-                concept,
-                self.views.picture[view] if config.subjects[concept].captioned else text,
-                self.views.words[view],
-            )
-            for concept, text, view in zip(concepts.tolist(), texts.tolist(), views.tolist(), strict=True)
-        ]
+        drawn = zip(concepts.tolist(), texts.tolist(), views.tolist(), strict=True)
+        prompts = [self._prompt(concept, text, view) for concept, text, view in drawn]
         none = torch.zeros(0, dtype=torch.long)
         prior, dropped = none, none.bool()
         if self.prior_latents is not None:
@@ -192,6 +186,12 @@ class Training:
         steps = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(steps, (shape[0],), generator=generator)
         return Batch(views, prompts, prior, dropped, posterior, noise, timesteps, none)
+
+    def _prompt(self, concept: int, text: int, view: int) -> str:
+        if (other := self.views.other[view]) is not None:
+            return self.texts.of_two(concept, other)
+        number = self.views.picture[view] if self.config.subjects[concept].captioned else text
+        return self.texts.prompt(concept, number, self.views.words[view])
 
     def loss(self, batch: Batch, concepts: int, prior: int) -> Tensor:
         """What a part of a step adds to its loss: the mean over all `concepts` pictures plus the weighted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,11 @@ def prompt_of(caption: str, subject: ConceptConfig) -> str:
 
 
 class Views:
-    """Latents of all concepts' pictures, whole and resized, each many times.
+    """Latents of all concepts' pictures, whole, resized, and beside those of another, each many times.
 
     latents: of every view. masks (n,1,h,w): 1 where it is picture; None where all is. words: its size words.
-    whole, resized: the views of each concept. picture: the number of each view's picture in its concept.
+    whole, resized, beside: the views of each concept. picture: the number of each view's picture in its
+    concept. other: the concept that a view shows to the right of its own, or None.
     """
 
     def __init__(self, config: TrainConfig, pixels: Sequence[Tensor], vae: Any, generator: torch.Generator):
@@ -95,8 +96,10 @@ class Views:
         masks: list[Tensor] = []
         self.words: list[str] = []
         self.picture: list[int] = []
+        self.other: list[int | None] = []
         self.whole: list[range] = []
         self.resized: list[range] = []
+        self.beside: list[range] = []
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         side = pixels[0].shape[-1]
         least = 2 * factor - 1  # pixels that cover a whole one of the latents wherever they lie
@@ -105,31 +108,45 @@ class Views:
                 f"resize_from={config.resize_from:g} of {side} pixels may cover no whole latent pixel, "
                 f"of {factor}: give at least {least / side:.2g}"
             )
+
+        def add(
+            some: Tensor, views: Tensor, mask: Tensor, words: list[str], other: int | None = None
+        ) -> None:
+            self.picture += some.repeat(len(views) // len(some)).tolist()
+            self.words += words
+            self.other += [other] * len(views)
+            made.append(data.encode(vae, views))
+            masks.append(F.avg_pool2d(mask, factor) == 1)
+
         kinds = [(self.whole, _moved), *([(self.resized, _resized)] if config.resize else [])]
-        for subject, pictures in zip(config.subjects, pixels, strict=True):
+        for concept, (subject, pictures) in enumerate(zip(config.subjects, pixels, strict=True)):
             for kind, make in kinds:
                 first = len(self.words)
                 for some in torch.arange(len(pictures)).split(CHUNK):
                     views, mask, words = make(config, pictures[some], generator)
-                    self.picture += some.repeat(len(views) // len(some)).tolist()
                     if config.flip:
                         views, mask = augment.flipped(views, mask, generator)
-                    self.words += [""] * len(words) if subject.style else words
-                    made.append(data.encode(vae, views))
-                    masks.append(F.avg_pool2d(mask, factor) == 1)
+                    add(some, views, mask, [""] * len(words) if subject.style else words)
                 kind.append(range(first, len(self.words)))
+            if config.cutmix:
+                first = len(self.words)
+                for some, views, other in _beside(config, pixels, concept, generator):
+                    add(some, views, torch.ones_like(views[:, :1]), [""] * len(views), other)
+                self.beside.append(range(first, len(self.words)))
         self.latents = data.Latents(*(torch.cat(parts) for parts in zip(*made, strict=True)))
         valid = torch.cat(masks).float().to(self.latents.mean.device)
         self.masks = None if bool(valid.all()) else valid
-        self.share = config.resize
+        self.shares = config.resize, config.cutmix
 
     def draw(self, concepts: Tensor, generator: torch.Generator) -> Tensor:
-        """A view of each of `concepts` (B,): whole pictures, and a share of resized ones."""
+        """A view of each of `concepts` (B,): whole pictures, and a share of each other kind."""
         chosen = choose(self.whole, concepts, generator)
-        if not self.resized:
-            return chosen
-        other = choose(self.resized, concepts, generator)
-        return torch.where(torch.rand(len(concepts), generator=generator) < self.share, other, chosen)
+        for views, share in zip((self.resized, self.beside), self.shares, strict=True):
+            if views:
+                other = choose(views, concepts, generator)
+                taken = torch.rand(len(concepts), generator=generator) < share
+                chosen = torch.where(taken, other, chosen)
+        return chosen
 
 
 def _moved(config: TrainConfig, pictures: Tensor, generator: torch.Generator) -> augment.Resized:
@@ -141,6 +158,20 @@ def _moved(config: TrainConfig, pictures: Tensor, generator: torch.Generator) ->
 
 def _resized(config: TrainConfig, pictures: Tensor, generator: torch.Generator) -> augment.Resized:
     return augment.resized(pictures, config.copies, config.resize_from, generator)
+
+
+def _beside(
+    config: TrainConfig, pixels: Sequence[Tensor], concept: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(numbers of pictures, views with any picture of another concept to their right, that concept)."""
+    for copy in range(config.copies):
+        other = (concept + 1 + copy % (len(pixels) - 1)) % len(pixels)
+        for some in torch.arange(len(pixels[concept])).split(CHUNK):
+            drawn = torch.randint(len(pixels[other]), (len(some),), generator=generator)
+            sides = [pixels[concept][some], pixels[other][drawn]]
+            if config.flip:
+                sides = [augment.flipped(side, side[:, :1], generator)[0] for side in sides]
+            yield some, augment.side_by_side(*sides), other
 
 
 def choose(among: Sequence[range], which: Tensor, generator: torch.Generator) -> Tensor:
