@@ -210,6 +210,11 @@ CLAIMS = (
     Claim("Merged shows both concepts in 60% of pictures", BAR, at_least("seen", MERGED, 0.6, M)),
     Claim("Joint shows both concepts in 60% of pictures", BAR, at_least("seen", JOINT, 0.6, M)),
     Claim(
+        "Joint with Cut-Mix shows both concepts in 60% of pictures",
+        BAR,
+        at_least("seen", "joint-cutmix", 0.6, M),
+    ),
+    Claim(
         "5× compression loses at most 3% of image alignment",
         BAR,
         not_below("image", "5× smaller", OURS, 0.03),

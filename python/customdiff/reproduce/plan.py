@@ -114,6 +114,7 @@ METHODS = {
     "normal": Method("ours, V* from a normal draw", {"initializer_token": "<normal>"}),
     "fixed": Method("ours, V* not optimised", {"train_modifier_token": False}),
 }
+CUTMIX = {"cutmix": 0.5}  # beside the paper's joint training, which never sees two concepts in one picture
 LEVELS: dict[str, dict[str, float]] = {
     "top 60%": {"energy": 0.6},
     "top 40%": {"energy": 0.4},
@@ -286,6 +287,8 @@ class Plan:
         }
         cost = _training(settings["options"], True)
         joint = self.add(f"train-joint-{name}", "train", settings, [*pictures, self.real], cost)
+        settings = {**settings, "options": {**settings["options"], **CUTMIX}}
+        cutmix = self.add(f"train-joint-cutmix-{name}", "train", settings, [*pictures, self.real], cost)
         settings = {**self._training("ours", second, seed), "start_from": True}
         cost = _training(settings["options"], True)
         needs = [pictures[1], self.real, alone[0]]
@@ -293,7 +296,8 @@ class Plan:
         settings = {"captions": self.effort.captions, "categories": categories("+".join(pair))}
         merged = self.add(f"merge-{name}", "merge", settings, alone, 4)
         together = self.add(f"together-{name}", "together", {}, words, 1)
-        made = {"textual-inversion": together, "sequential": sequential, "merged": merged, "joint": joint}
+        made = {"textual-inversion": together, "sequential": sequential, "merged": merged}
+        made |= {"joint": joint, "joint-cutmix": cutmix}
         for method, job in made.items():
             self._score(method, pair, seed, job)
 

@@ -13,6 +13,7 @@ TITLES = {
     "base": "base model",
     **{name: method.title for name, method in METHODS.items()},
     "joint": "ours, joint",
+    "joint-cutmix": "ours, joint with Cut-Mix",
     "merged": "ours, merged in closed form",
     "sequential": "ours, sequential",
     "true": "true pictures",
@@ -40,7 +41,8 @@ out) and with the concept's pictures. *gap closed*: share of the way from the ba
 of true pictures of the same scenes, which were not trained on. *KID*: of samples of captions without V\\*
 against real pictures of such captions, over CLIP embeddings; unbiased, so near 0 and also below it for a
 perfect model. *seen*: share of samples in which a detector finds the concept, its category in its colours;
-*both seen*: in one picture. *seconds*: of training on one core (merged: the closed form alone; sequential:
+*both seen*: in one picture. *Cut-Mix*: half of the training pictures show two concepts side by side, which
+is not in the paper. *seconds*: of training on one core (merged: the closed form alone; sequential:
 the second concept alone; DreamBooth and generated regularization: with the generating). *peak MB*: the
 process's largest resident memory, libraries and base included; on a GPU, of its memory."""
 
@@ -70,7 +72,7 @@ TABLES = (
     Table(
         "Table 1: two concepts",
         "multi",
-        ("base", "textual-inversion", "sequential", "merged", "joint", "true"),
+        ("base", "textual-inversion", "sequential", "merged", "joint", "joint-cutmix", "true"),
         ("text", "image1", "image2", "image", "seen1", "seen2", "seen", *TIMES),
         "two-concepts",
     ),

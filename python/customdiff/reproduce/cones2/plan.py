@@ -66,11 +66,15 @@ QUICK = Effort(
 
 @dataclass(frozen=True)
 class Method:
-    """How a combination is drawn: from which files, and whether the layout guides."""
+    """How a combination is drawn: from which files, and whether the layout guides.
+
+    backwards: the regions stand in the reverse of the prompt's order, where the base puts none by itself.
+    """
 
     title: str
     made_by: str | None  # "residual", "joint", "merged", or None for the base
     layout: bool = False
+    backwards: bool = False
 
 
 METHODS = {
@@ -80,6 +84,8 @@ METHODS = {
     "merged": Method("Custom Diffusion, merged", "merged"),
     "residuals": Method("residuals", "residual"),
     "ours": Method("residuals, layout (Cones 2)", "residual", layout=True),
+    "base-layout-reversed": Method("base model, layout reversed", None, layout=True, backwards=True),
+    "ours-reversed": Method("residuals, layout reversed", "residual", layout=True, backwards=True),
     "true": Method("true pictures", "true"),
 }
 
@@ -162,7 +168,7 @@ class Plan:
             made["joint"] = [self._custom_diffusion(names)]
             made["merged"] = [self._add(f"merge-{'+'.join(names)}", "merge", settings, alone, 4)]
         for name, method in METHODS.items():
-            if method.made_by in made:
+            if method.made_by in made and (not method.backwards or len(names) in (2, 3)):
                 self._score(name, names, made[method.made_by])
 
     def _score(self, method: str, names: tuple[str, ...], made: Sequence[Job]) -> None:

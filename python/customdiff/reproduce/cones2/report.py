@@ -37,12 +37,13 @@ out) and with each subject's pictures. *categories in regions*: share of samples
 every subject's category in its region, whatever its colours. *in its region*: the category there is in the
 colours of the subject, too. A region is cut out and enlarged, since the detector knows subjects of that size;
 methods without a layout are measured by the same regions, which stand in the order of the prompt, as the base
-places two subjects by itself. *all seen anywhere*: the same on whole pictures. *leakage*: share of the pixels
-of the right category in each region whose colour is more common in true pictures of another of the subjects;
-true pictures have some too, at edges and where subjects share a colour. *seconds*: of training on one core.
-Up to three subjects are asked for in the words of the base's captions ("a dog a cat and a car"); from four on
-prompts begin with "very small photo of". Four stand in two rows of two, six in two rows of three without a
-place in the prompt; the base was trained on three at most."""
+places two subjects by itself. *reversed*: in the reverse of that order. *all seen anywhere*: the same on
+whole pictures. *leakage*: share of the pixels of the right category in each region whose colour is more
+common in true pictures of another of the subjects; true pictures have some too, at edges and where subjects
+share a colour. *seconds*: of training on one core. Up to three subjects are asked for in the words of the
+base's captions ("a dog a cat and a car"); from four on prompts begin with "very small photo of". Four stand
+in two rows of two, six in two rows of three without a place in the prompt; the base was trained on three at
+most."""
 
 
 def write(jobs: Sequence[Job], out: Path, folder: Path, effort: Effort, command: str) -> None:

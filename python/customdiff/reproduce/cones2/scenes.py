@@ -34,8 +34,10 @@ def subject_names(nouns: Sequence[str]) -> list[str]:
     return names
 
 
-def boxes(count: int) -> list[Box]:
-    """Where so many subjects go: side by side, four and six in two rows."""
+def boxes(count: int, backwards: bool = False) -> list[Box]:
+    """Where so many subjects go: side by side, four and six in two rows; `backwards`, the last first."""
+    if backwards:
+        return boxes(count)[::-1]
     if count == 1:
         return [(0.1, 0.12, 0.9, 0.97)]
     if count <= 3:

@@ -73,7 +73,7 @@ def _compose(job: Job, out: Path) -> Result:
     image = [float(alignment(features, clip.image_features(some)).mean()) for some in photos]
     parts = {
         name: [cut(picture, box) for picture in pictures]
-        for name, box in zip(names, boxes(len(names)), strict=True)
+        for name, box in zip(names, boxes(len(names), METHODS[settings["method"]].backwards), strict=True)
     }
     placed = [detectors[name](parts[name]) for name in names]
     categories = [[colours is not None for colours in detectors[name].colours(parts[name])] for name in names]
@@ -114,17 +114,17 @@ def _true(job: Job, places: Sequence[str]) -> list[Image.Image]:
 
 
 def _drawn(job: Job, out: Path, places: Sequence[str]) -> list[Image.Image]:
-    settings, made = job.settings, METHODS[job.settings["method"]].made_by
+    settings, how = job.settings, METHODS[job.settings["method"]]
     nouns = subject_names(settings["nouns"])
     files = [path_of(other, out) for other in job.needs if other.kind in ("residual", "train", "merge")]
     concept, residuals = None, {}
-    if made == "residual":
+    if how.made_by == "residual":
         residuals = dict(zip(nouns, map(Residual.load, files), strict=True))
-    elif made is not None:
+    elif how.made_by is not None:
         concept = Concept.load(files[0])
     layout, guidance = None, None
-    if METHODS[settings["method"]].layout:
-        layout = Layout(dict(zip(nouns, boxes(len(nouns)), strict=True)))
+    if how.layout:
+        layout = Layout(dict(zip(nouns, boxes(len(nouns), how.backwards), strict=True)))
         guidance = LayoutGuidance(**settings["guidance"])
     pictures: list[Image.Image] = []
     for start in range(0, len(places), BATCH):
