@@ -263,7 +263,10 @@ def _take_over(name: str, previous: Any) -> Any:
 
 def _attend(attn, hidden, key, value, to_q, to_out, bias, attention):
     normed = attn.norm_q is not None or attn.norm_k is not None
-    if attention is None and _is_frozen(to_q) and _is_frozen(to_out) and to_q.bias is None and not normed:
+    # the block saves the query of many tokens beside few keys; self-attention has as many keys, and would
+    # only compute its query twice
+    fits = attn.is_cross_attention and attention is None and not normed
+    if fits and _is_frozen(to_q) and _is_frozen(to_out) and to_q.bias is None:
         frozen = [None if w is None else w.detach() for w in (to_q.weight, to_out.weight, to_out.bias)]
         heads, scale = attn.heads, attn.scale
         return kv_cross_attention(
