@@ -117,7 +117,7 @@ void forward_bf16(const Attention& a, int64_t b, Range heads, Range queries) {
   }
   m.bias.begin(a, b, heads);
 
-  for_blocks(heads, queries, [&](const Block& block, const Block& next) {
+  for_blocks(heads, queries, kQueryBlock, [&](const Block& block, const Block& next) {
     const int64_t i = block.head - heads.begin, n = block.rows;
     const Rows<Pair> query = words_of(a.query, b, block.head, block.first, n, m.rows, Dw);
     m.bias.next(a, b, block.head, block.first, n);
@@ -133,13 +133,17 @@ void forward_bf16(const Attention& a, int64_t b, Range heads, Range queries) {
   });
 }
 
+// Queries at a time: more than in float, because sums over queries that are made at twice the rate would wait
+// for the totals to come and go.
+constexpr int64_t kSumBlock = 64;
+
 struct BackwardBuffers16 {
   Pair *keys, *keys_t, *values_t;  // for each head (S / 2, D) paired, (D / 2, S), (D / 2, S)
   Pair *query, *grad_out, *query_pairs, *grad_pairs;  // a block of queries, as rows and paired
   Pair *p_pairs, *ds, *ds_pairs;
   Pair* rows;  // (S, D) while packing
   float *p, *dp, *grad_query, *inverse_sum;
-  BiasRows<float> bias;
+  BiasRows<float, kSumBlock> bias;
 
   size_t place(const Attention& a, const Shape& shape, int64_t heads, void* base) {
     const int64_t words = half_up(shape.depth), Sp = shape.padded_keys, Dp = shape.padded_depth;
@@ -147,18 +151,18 @@ struct BackwardBuffers16 {
     keys = arena.take<Pair>(heads * half_up(shape.keys) * Dp);
     keys_t = arena.take<Pair>(heads * words * Sp);
     values_t = arena.take<Pair>(heads * words * Sp);
-    query = arena.take<Pair>(kQueryBlock * words);
-    grad_out = arena.take<Pair>(kQueryBlock * words);
-    query_pairs = arena.take<Pair>(kQueryBlock / 2 * Dp);
-    grad_pairs = arena.take<Pair>(kQueryBlock / 2 * Dp);
-    p_pairs = arena.take<Pair>(kQueryBlock / 2 * Sp);
-    ds = arena.take<Pair>(kQueryBlock * Sp / 2);
-    ds_pairs = arena.take<Pair>(kQueryBlock / 2 * Sp);
+    query = arena.take<Pair>(kSumBlock * words);
+    grad_out = arena.take<Pair>(kSumBlock * words);
+    query_pairs = arena.take<Pair>(kSumBlock / 2 * Dp);
+    grad_pairs = arena.take<Pair>(kSumBlock / 2 * Dp);
+    p_pairs = arena.take<Pair>(kSumBlock / 2 * Sp);
+    ds = arena.take<Pair>(kSumBlock * Sp / 2);
+    ds_pairs = arena.take<Pair>(kSumBlock / 2 * Sp);
     rows = arena.take<Pair>(shape.keys * words);
-    p = arena.take<float>(kQueryBlock * Sp);
-    dp = arena.take<float>(kQueryBlock * Sp);
-    grad_query = arena.take<float>(kQueryBlock * Dp);
-    inverse_sum = arena.take<float>(kQueryBlock);
+    p = arena.take<float>(kSumBlock * Sp);
+    dp = arena.take<float>(kSumBlock * Sp);
+    grad_query = arena.take<float>(kSumBlock * Dp);
+    inverse_sum = arena.take<float>(kSumBlock);
     bias.place(a, shape, heads, arena);
     return arena.used;
   }
@@ -208,7 +212,7 @@ void backward_batch(const Attention& a, const BackwardTask& task, const Shape& s
   }
   m.bias.begin(a, b, heads);
 
-  for_blocks(heads, task.queries, [&](const Block& block, const Block& next) {
+  for_blocks(heads, task.queries, kSumBlock, [&](const Block& block, const Block& next) {
     const int64_t h = block.head, i = h - heads.begin, first = block.first, n = block.rows;
     const int64_t pairs = half_up(n);
     const bool accumulate = first != task.queries.begin;

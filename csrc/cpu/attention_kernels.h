@@ -57,7 +57,7 @@ void forward(const Attention& a, int64_t b, Range heads, Range queries) {
   }
   m.bias.begin(a, b, heads);
 
-  for_blocks(heads, queries, [&](const Block& block, const Block& next) {
+  for_blocks(heads, queries, kQueryBlock, [&](const Block& block, const Block& next) {
     const int64_t i = block.head - heads.begin, n = block.rows;
     const Rows<T> query = rows_of(a.query, b, block.head, block.first, n, m.query, Dp);
     m.bias.next(a, b, block.head, block.first, n);
@@ -109,7 +109,7 @@ void backward_batch(const Attention& a, const BackwardTask& task, const Shape& s
   }
   m.bias.begin(a, b, heads);
 
-  for_blocks(heads, task.queries, [&](const Block& block, const Block& next) {
+  for_blocks(heads, task.queries, kQueryBlock, [&](const Block& block, const Block& next) {
     const int64_t h = block.head, i = h - heads.begin, first = block.first, n = block.rows;
     const bool accumulate = first != task.queries.begin;
     T* grad_key = reinterpret_cast<T*>(task.key_value + (b * a.heads() + h) * task.key_value_stride);

@@ -141,6 +141,8 @@ inline void store_row(const T* source, void* target, DType dtype, int64_t stride
       uint16_t* y = static_cast<uint16_t*>(target);
 #if defined(__AVX512BF16__)
       if (sizeof(T) == sizeof(float) && stride == 1) {
+        const auto scaled = [&](int64_t j) { return load<__m512>(source + j) * float(scale); };
+        for (; i + 32 <= n; i += 32) store(y + i, _mm512_cvtne2ps_pbh(scaled(i + 16), scaled(i)));
         for (; i < n; i += 16) {
           const __mmask16 some = n - i < 16 ? (1u << (n - i)) - 1 : 0xffff;
           const __m512 x = _mm512_maskz_loadu_ps(some, source + i) * float(scale);

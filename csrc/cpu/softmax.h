@@ -13,7 +13,7 @@ namespace ck {
 namespace CK_ISA {
 namespace {
 
-constexpr int64_t kQueryBlock = 40;
+constexpr int64_t kQueryBlock = 40;  // queries at a time
 constexpr double kLog4E = 0.7213475204444817;
 
 // The sizes of one problem, padded.
@@ -32,17 +32,17 @@ struct Block {
   int64_t head, first, rows;
 };
 
-// Calls function(block, next) for all blocks, heads inside; next has no rows at the last one.
+// Calls function(block, next) for all blocks of `rows` queries, heads inside; next has none at the last one.
 template <class Function>
-void for_blocks(Range heads, Range queries, Function function) {
+void for_blocks(Range heads, Range queries, int64_t rows, Function function) {
   const auto block = [&](int64_t head, int64_t first) {
     const int64_t left = queries.end > first ? queries.end - first : 0;
-    return Block{head, first, left < kQueryBlock ? left : kQueryBlock};
+    return Block{head, first, left < rows ? left : rows};
   };
-  for (int64_t first = queries.begin; first < queries.end; first += kQueryBlock) {
+  for (int64_t first = queries.begin; first < queries.end; first += rows) {
     for (int64_t h = heads.begin; h < heads.end; ++h) {
       const bool last = h + 1 == heads.end;
-      function(block(h, first), last ? block(heads.begin, first + kQueryBlock) : block(h + 1, first));
+      function(block(h, first), last ? block(heads.begin, first + rows) : block(h + 1, first));
     }
   }
 }
@@ -61,8 +61,9 @@ Buffers placed(const Attention& a, const Shape& shape, Range heads) {
   return m;
 }
 
-// The bias of a block of queries as padded rows in units of log 4, -inf beyond the last key.
-template <class T>
+// The bias of a block of queries, of so many at most, as padded rows in units of log 4, -inf beyond the last
+// key.
+template <class T, int64_t kQueries = kQueryBlock>
 class BiasRows {
  public:
   void place(const Attention& a, const Shape& shape, int64_t heads, Arena& arena) {
@@ -71,7 +72,7 @@ class BiasRows {
     by_query_ = a.bias && a.bias.stride[2] != 0;
     by_head_ = a.bias && a.bias.stride[1] != 0;
     rows_ = arena.take<T>(padded_ * (a.table     ? a.table.size[2]
-                                     : by_query_ ? kQueryBlock
+                                     : by_query_ ? kQueries
                                      : by_head_  ? heads
                                                  : 1));
   }
@@ -131,14 +132,14 @@ class BiasRows {
   const T* base_ = nullptr;
   int64_t padded_ = 0, keys_ = 0, heads_begin_ = 0, block_ = -1;
   bool by_query_ = false, by_head_ = false;
-  int64_t index_[kQueryBlock];
+  int64_t index_[kQueries];
 };
 
 // Hands e = 4^(s · scale + bias - max), vector by vector, to store_e(row, column, e), and leaves 1 / Σ e of
 // each row; 0 for a row that is -inf throughout. Scores that are NaN make the sum NaN. Two passes over the
 // block: within one row everything waits for the maximum.
-template <class T, class Store>
-inline void softmax_rows(const T* scores, T scale, const BiasRows<T>& bias, T* inverse_sum, int64_t rows,
+template <class T, class Bias, class Store>
+inline void softmax_rows(const T* scores, T scale, const Bias& bias, T* inverse_sum, int64_t rows,
                          int64_t padded, Store store_e) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* s = scores + i * padded;
@@ -167,9 +168,8 @@ inline void softmax_rows(const T* scores, T scale, const BiasRows<T>& bias, T* i
   }
 }
 
-template <class T>
-inline void softmax_rows(T* scores, T scale, const BiasRows<T>& bias, T* inverse_sum, int64_t rows,
-                         int64_t padded) {
+template <class T, class Bias>
+inline void softmax_rows(T* scores, T scale, const Bias& bias, T* inverse_sum, int64_t rows, int64_t padded) {
   softmax_rows(scores, scale, bias, inverse_sum, rows, padded,
                [&](int64_t i, int64_t j, Vec<T> e) { store(scores + i * padded + j, e); });
 }
