@@ -44,20 +44,20 @@ def reconstruct(
     deltas = as_deltas(deltas)
     weights = as_scales(scales, len(deltas))
     sums = _checks.sum_dtype(stack.weight.dtype)
-    weight, rows = stack.weight, {name: start for name, start, _ in stack.segments}
+    weight, rows = stack.weight, {name: (start, stop) for name, start, stop in stack.segments}
     terms: list[tuple[Tensor, Tensor, int, float]] = []
     for index, (delta, scale) in enumerate(zip(deltas, weights, strict=True)):
         if isinstance(delta, LowRankDelta):
             for name, (u, v) in delta.factors.items():
-                _check_fits(f"deltas[{index}]", name, (u.shape[0], v.shape[1]), u.device, stack)
+                _check_fits(f"deltas[{index}]", name, (u.shape[0], v.shape[1]), u.device, stack, rows)
                 if not u.shape[1]:
                     continue
                 if isinstance(scale, Tensor):  # by way of u it is differentiable
-                    terms.append((u.to(sums) * scale, v, rows[name], 1.0))
+                    terms.append((u.to(sums) * scale, v, rows[name][0], 1.0))
                 else:
-                    terms.append((u, v, rows[name], 1.0 if scale is None else scale))
+                    terms.append((u, v, rows[name][0], 1.0 if scale is None else scale))
         else:
-            weight = _add_dense(f"deltas[{index}]", weight.to(sums), stack, delta, scale)
+            weight = _add_dense(f"deltas[{index}]", weight.to(sums), stack, delta, scale, rows)
     us, vs, starts, alphas = (list(column) for column in zip(*terms, strict=True)) if terms else ([],) * 4
     if out is not None:
         return cast(Base, _write(out, stack, weight, us, vs, starts, alphas))
@@ -101,13 +101,20 @@ def as_scales(scales: float | Sequence[float] | Tensor | None, count: int) -> li
 
 
 def _check_fits(
-    argument: str, name: str, shape: tuple[int, ...], device: torch.device, stack: KVStack
+    argument: str,
+    name: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    stack: KVStack,
+    rows: Mapping[str, tuple[int, int]],
 ) -> None:
-    if name not in stack:
+    """``rows``: where the segments of the stack begin and end."""
+    if name not in rows:
         raise ValueError(
             f"{argument} has the unknown segment {name!r}; the base has e.g. {next(iter(stack))!r}"
         )
-    expected = tuple(stack[name].shape)
+    start, stop = rows[name]
+    expected = (stop - start, stack.weight.shape[1])
     if shape != expected:
         raise ValueError(f"{argument}[{name!r}] must be {expected} (rows,E) as in the base, got {shape}")
     if device != stack.weight.device:
@@ -115,12 +122,17 @@ def _check_fits(
 
 
 def _add_dense(
-    argument: str, weight: Tensor, stack: KVStack, delta: Mapping[str, Tensor], scale: float | Tensor | None
+    argument: str,
+    weight: Tensor,
+    stack: KVStack,
+    delta: Mapping[str, Tensor],
+    scale: float | Tensor | None,
+    rows: Mapping[str, tuple[int, int]],
 ) -> Tensor:
     """A dense change is added without the operator: there is nothing to multiply. In weight's dtype."""
     for name, change in delta.items():
         _checks.is_tensor(f"{argument}[{name!r}]", change)
-        _check_fits(argument, name, tuple(change.shape), change.device, stack)
+        _check_fits(argument, name, tuple(change.shape), change.device, stack, rows)
     changes = [delta[name] if name in delta else torch.zeros_like(stack[name]) for name in stack]
     change = torch.cat(changes).to(weight.dtype)
     return weight + (change if scale is None else change * scale)
