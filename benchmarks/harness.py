@@ -212,11 +212,11 @@ def machine_name() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        if names:
-            model = f"{names[0]}, {len(names)} cores"
+        pairs = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        names = [value.strip() for key, _, value in pairs if key.strip() == "model name"]
+        family = next((value.strip() for key, _, value in pairs if key.strip() == "cpu family"), None)
+        if names:  # a virtual machine may hide the model, and generations differ by a factor of two
+            model = f"{names[0]}{f' (family {family})' if family else ''}, {len(names)} cores"
     return model
 
 
