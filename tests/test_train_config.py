@@ -46,6 +46,15 @@ def test_the_command_line_overrides_the_file_and_that_the_preset(tmp_path):
     assert parsed("--config", str(file), "--preset", "compvis").size_words == "before"
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "fitting"),
+    [("paper", "cones2", "cones2-paper"), ("cones2-code", "custom-diffusion", "compvis, diffusers")],
+)
+def test_a_preset_of_the_other_method_is_named(name, method, fitting):
+    with pytest.raises(ValueError, match=f"preset '{name}' is of method .* its presets are .*{fitting}"):
+        parsed(*ONE, "--preset", name, "--method", method)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_configurations(name):
     about, settings, steps = PRESETS[name]

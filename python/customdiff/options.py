@@ -72,7 +72,15 @@ def configuration(
     if isinstance(listed, str):
         listed, where = read_json("concepts", listed), f"concepts {listed!r}"
     if name := preset_name or name:
-        settings = {**preset(name, len(listed) > 1), **settings}
+        about = preset(name, len(listed) > 1)
+        own, asked = (d.get("method", TrainConfig.method) for d in (about, settings))
+        if "method" in settings and own != asked:
+            fitting = [n for n in PRESETS if preset(n).get("method", TrainConfig.method) == asked]
+            raise ValueError(
+                f"preset {name!r} is of method {own!r}, and method is {asked!r}; its presets are "
+                f"{', '.join(fitting)}"
+            )
+        settings = {**about, **settings}
     if not listed:
         return TrainConfig(**settings)
     # what is said of all concepts holds for each that does not say it itself
